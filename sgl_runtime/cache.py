@@ -11,8 +11,9 @@ from torch import Tensor
 class KVCache:
     """Keys and values of one request in all layers, contiguous (batch, kv_heads, slots, head_dim) per layer.
 
-    ``position`` (batch,) int32 counts the tokens fed so far, pruned ones included; layer i lacks ``dropped[i]`` of
-    them, so its next free slot is ``position - dropped[i]``, on the device and with no copy per layer.
+    ``position`` (batch,) int32 counts the tokens fed so far, pruned ones included; layer i lacks
+    ``dropped[i]`` of them, so its next free slot is ``position - dropped[i]``, on the device and with no copy
+    per layer.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class KVCache:
 
 
 class KVMemory:
-    """One growing allocation that successive requests of a model share; a new cache overwrites the previous one."""
+    """One growing allocation that a model's requests share in turn: a new cache overwrites the last one."""
 
     def __init__(
         self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device

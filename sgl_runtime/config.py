@@ -16,11 +16,11 @@ class SGLConfig:
     Parameters
     ----------
     keep_ratio
-        Share of visual tokens that the large VLM keeps, in (0, 1]; ``num_keep = max(1, int(N_v * keep_ratio))``.
-        1.0 turns pruning off.
+        Share of visual tokens that the large VLM keeps, in (0, 1];
+        ``num_keep = max(1, int(N_v * keep_ratio))``. 1.0 turns pruning off.
     prune_layer
-        Pruning happens on entry to this decoder layer of the large VLM: an int is the layer itself (0-based), a
-        float in [0, 1) a share of the depth, ``int(num_layers * prune_layer)``.
+        Pruning happens on entry to this decoder layer of the large VLM: an int is the layer itself (0-based),
+        a float in [0, 1) a share of the depth, ``int(num_layers * prune_layer)``.
     exit_threshold
         Exit with the small VLM's answer when the decision score reaches it, in [0, 1]. None never exits.
     consistency_keep_ratio
@@ -28,10 +28,11 @@ class SGLConfig:
     max_new_tokens
         Longest answer, end-of-sequence token included, of either VLM.
     exit_score
-        "both": ``(confidence + consistency) / 2``. "confidence": the confidence alone, without a consistency pass.
+        "both": ``(confidence + consistency) / 2``. "confidence": the confidence alone, without a consistency
+        pass.
     draft
-        Verify the small answer inside the large VLM's prefill. Drafts are exact, so this setting never changes a
-        result; verification itself is not available yet and both values decode step by step.
+        Verify the small answer inside the large VLM's prefill. Drafts are exact, so this setting never
+        changes a result; verification itself is not available yet and both values decode step by step.
     schedule
         "throughput" or "latency". Never changes a result; this version runs the stages in series under both.
     compile
@@ -70,7 +71,8 @@ class SGLConfig:
         _check_choice("compile", self.compile, ("auto", True, False))
         if self.compile is True:
             raise ConfigError(
-                "compile=True: compiled steps are not available yet. Use compile='auto' or False, which run eagerly."
+                "compile=True: compiled steps are not available yet. Use compile='auto' or False, which run "
+                "eagerly."
             )
 
     def layer_of(self, num_layers: int) -> int:
@@ -85,8 +87,8 @@ class SGLConfig:
             return int(num_layers * self.prune_layer)
         if self.prune_layer >= num_layers:
             raise ConfigError(
-                f"prune_layer={self.prune_layer} is outside the large model, whose layers are 0 to {num_layers - 1}. "
-                "Choose one of them; to prune nothing use keep_ratio=1.0."
+                f"prune_layer={self.prune_layer} is outside the large model, whose layers are 0 to "
+                f"{num_layers - 1}. Choose one of them; to prune nothing use keep_ratio=1.0."
             )
         return self.prune_layer
 

@@ -1,12 +1,13 @@
 """One VLM, run by a loop of our own around the modules of its transformers model.
 
-A request goes through four calls: `prompt` (host side: finds visual positions and text rows), `encode` (vision
-tower and embeddings), `prefill` (all prompt rows through all layers, pruned on entry to a layer if asked) and
-`decode` (one token through all layers). `generate` strings them together. Steps branch on shapes only and never
-read a value back, so that they can be compiled; the token is read once per step, outside of it.
+A request goes through four calls: `prompt` (host side: finds visual positions and text rows), `encode`
+(vision tower and embeddings), `prefill` (all prompt rows through all layers, pruned on entry to a layer if
+asked) and `decode` (one token through all layers). `generate` strings them together. Steps branch on shapes
+only and never read a value back, so that they can be compiled; the token is read once per step, outside of
+it.
 
-Mass buffers are (layers, 1, visual tokens) fp32. `mass_buffer` makes one that keeps layers apart or, with stride 0
-over the layers, one that adds all of them up; `prefill` and `decode` do not tell them apart.
+Mass buffers are (layers, 1, visual tokens) fp32. `mass_buffer` makes one that keeps layers apart or, with
+stride 0 over the layers, one that adds all of them up; `prefill` and `decode` do not tell them apart.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,7 +59,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Request:
-    """An encoded prompt: `hidden` (1, S, C) holds text embeddings and image features. Reusable across runs."""
+    """An encoded prompt, reusable across runs: `hidden` (1, S, C), text embeddings and image features."""
 
     prompt: Prompt
     hidden: Tensor
@@ -65,7 +67,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Prune:
-    """Keep the `num_keep` visual tokens with the largest `ranking` (1, N) fp32 on entry to decoder layer `layer`."""
+    """On entry to decoder layer `layer`, keep the `num_keep` visual tokens with the largest `ranking`.
+
+    `ranking` (1, N) fp32 may come from anywhere: the small VLM's mass, another model's, random numbers.
+    """
 
     layer: int
     ranking: Tensor
@@ -74,7 +79,7 @@ class Prune:
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer: ids (end of sequence included), their log-probabilities, and the positions kept, or None."""
+    """A greedy answer: ids (end of sequence included), their log-probabilities, `kept_index` of `prefill`."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -114,7 +119,8 @@ class VLM:
         Raises
         ------
         PromptError
-            Wrong shapes or ids, no image, visual tokens that do not match the tiles, or a prompt that ends in one.
+            Wrong shapes or ids, no image, visual tokens that do not match the tiles, or a prompt that ends in
+            one.
         """
         ids, pixels = self._checked_inputs(inputs)
         visual = ids == self.model.image_token_id  # (S,)
@@ -122,8 +128,9 @@ class VLM:
         per_tile = self.model.tokens_per_tile
         if len(positions) != pixels.shape[0] * per_tile:
             raise PromptError(
-                f"The {self.name} VLM's prompt has {len(positions)} visual tokens (id {self.model.image_token_id}), "
-                f"but {pixels.shape[0]} tiles of {per_tile} tokens need {pixels.shape[0] * per_tile}."
+                f"The {self.name} VLM's prompt has {len(positions)} visual tokens (id "
+                f"{self.model.image_token_id}), but {pixels.shape[0]} tiles of {per_tile} tokens need "
+                f"{pixels.shape[0] * per_tile}."
             )
         if visual[-1]:
             raise PromptError(f"The {self.name} VLM's prompt ends in a visual token; it must end in text.")
@@ -136,16 +143,17 @@ class VLM:
             pixel_values=pixels.to(device, self.model.dtype),
             visual_index=positions[None].int().to(device),
             text_rows=text[text > positions[0]][None].int().to(device),
-            spans=tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False)),
+            spans=tuple(b - a for a, b in pairwise(bounds)),
         )
 
     def check_room(self, prompt: Prompt, max_new_tokens: int) -> None:
         """Raise PromptError unless the prompt and the answer fit into the model's context."""
         if prompt.length + max_new_tokens > self.model.context:
             raise PromptError(
-                f"The prompt has {prompt.length} tokens ({prompt.num_visual} of them visual) and max_new_tokens is "
-                f"{max_new_tokens}, but the {self.name} VLM's context holds {self.model.context}. Shorten the prompt, "
-                "use fewer or smaller images, or lower max_new_tokens."
+                f"The prompt has {prompt.length} tokens ({prompt.num_visual} of them visual) and "
+                f"max_new_tokens is {max_new_tokens}, but the {self.name} VLM's context holds "
+                f"{self.model.context}. Shorten the prompt, use fewer or smaller images, or lower "
+                "max_new_tokens."
             )
 
     @torch.no_grad()
@@ -160,7 +168,8 @@ class VLM:
         return Request(prompt, hidden)
 
     def mass_buffer(self, request: Request, *, per_layer: bool = False) -> Tensor:
-        """Return zeros (layers, 1, N) fp32 to accumulate mass in; unless ``per_layer``, all layers share memory.
+        """Return zeros (layers, 1, N) fp32 to accumulate mass in; unless ``per_layer``, all layers share
+        memory.
 
         Read the shared one as ``buffer[0]`` (1, N), the sum over layers.
         """
@@ -259,8 +268,8 @@ class VLM:
     ) -> Answer:
         """Answer greedily, until an end-of-sequence token or ``max_new_tokens``.
 
-        ``mass`` (layers, 1, N) gets the rows of the prompt's text and of every token fed; ``prune`` prunes the
-        prompt. Not both.
+        ``mass`` (layers, 1, N) gets the rows of the prompt's text and of every token fed; ``prune`` prunes
+        the prompt. Not both.
 
         Raises
         ------
@@ -318,8 +327,8 @@ class VLM:
         ids = ids.reshape(-1).long().cpu()
         if ids.min() < 0 or ids.max() >= self.model.vocab_size:
             raise PromptError(
-                f"{who} input_ids must be in 0 to {self.model.vocab_size - 1}, got {int(ids.min())} to {int(ids.max())}. "
-                "Does the tokenizer belong to the model?"
+                f"{who} input_ids must be in 0 to {self.model.vocab_size - 1}, got {int(ids.min())} to "
+                f"{int(ids.max())}. Does the tokenizer belong to the model?"
             )
         if isinstance(mask, Tensor) and not bool((mask == 1).all()):
             raise PromptError(f"{who} attention_mask must be all ones: give one request, without padding.")
@@ -373,7 +382,7 @@ class VLM:
         return self.model.lm_head(self.model.norm(hidden))
 
     def _chooser(self, prompt: Prompt) -> Any:
-        """Return a function that turns the fed token and the logits into the next token, its id and logprob."""
+        """Return a function from the fed token and the logits to the next token, its id and logprob."""
         processors = hf.logits_processors(self.model.generation_config, prompt.length, self.model.eos_ids)
         ids = prompt.input_ids
 
@@ -395,13 +404,13 @@ class VLM:
 
     def _not_finite(self, stage: str, what: str) -> NumericalError:
         return NumericalError(
-            f"Stage {self.name}_{stage} made {what} that are NaN or infinite (compute dtype {self.model.dtype}). "
-            "Check the weights and the image, or load the model in float32 or bfloat16."
+            f"Stage {self.name}_{stage} made {what} that are NaN or infinite (compute dtype "
+            f"{self.model.dtype}). Check the weights and the image, or load the model in float32 or bfloat16."
         )
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate states (1, heads, S, D) by cos and sin (1, S, D): rotary position embedding, half-split layout."""
+    """Apply rotary position embedding, half-split layout: states (1, heads, S, D), cos and sin (1, S, D)."""
     first, second = states.chunk(2, -1)
     return states * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
 

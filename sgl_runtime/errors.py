@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class SGLError(ValueError):
-    """Base of all errors that this package raises on bad input; the command line turns it into exit code 2."""
+    """Base of all errors raised on bad input; the command line turns it into exit code 2."""
 
 
 class ConfigError(SGLError):

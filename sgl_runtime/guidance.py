@@ -1,4 +1,4 @@
-"""The small VLM's run: its answer, the mass that ranks the visual tokens, and the score that decides on an exit."""
+"""The small VLM's run: its answer, the mass that ranks visual tokens, the score that decides on an exit."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def guide(small: VLM, request: Request, config: SGLConfig, clock: Clock) -> Guid
 def answer_logprob(vlm: VLM, request: Request, answer: Answer, ranking: Tensor, keep_ratio: float) -> float:
     """Return the log-probability of an answer given visual tokens pruned before layer 0.
 
-    The answer is teacher-forced in one parallel pass; its tokens' log-probabilities, before logits processors, are
-    summed.
+    The answer is teacher-forced in one parallel pass; its tokens' log-probabilities, before logits
+    processors, are summed.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def answer_logprob(vlm: VLM, request: Request, answer: Answer, ranking: Tensor, 
     total = float(sgl_kernels.token_logprobs(logits[0], targets).double().sum())
     if math.isnan(total):
         raise NumericalError(
-            f"Stage consistency of the {vlm.name} VLM made logits that are NaN (compute dtype {vlm.model.dtype}). "
-            "Check the weights, or load the model in float32 or bfloat16."
+            f"Stage consistency of the {vlm.name} VLM made logits that are NaN (compute dtype "
+            f"{vlm.model.dtype}). Check the weights, or load the model in float32 or bfloat16."
         )
     return total

@@ -88,12 +88,14 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 def checkpoint_directory(source: str | Path) -> Path:
     """Return the local directory of a checkpoint given as a directory or as a hub id.
 
-    Of a hub repository only JSON, tokenizer and safetensors files are downloaded; no code and no pickle ever is.
+    Of a hub repository only JSON, tokenizer and safetensors files are downloaded; no code and no pickle ever
+    is.
 
     Raises
     ------
     CheckpointError
-        There is no such directory, or the hub id cannot be resolved (unknown, or offline and not in the cache).
+        There is no such directory, or the hub id cannot be resolved (unknown, or offline and not in the
+        cache).
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -113,8 +115,9 @@ def checkpoint_directory(source: str | Path) -> Path:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{name} is neither a directory here nor a checkpoint that the hub could provide ({_first_line(error)}). "
-            "Check the name and the connection, or download it first and give its directory."
+            f"{name} is neither a directory here nor a checkpoint that the hub could provide "
+            f"({_first_line(error)}). Check the name and the connection, or download it first and give its "
+            "directory."
         ) from error
 
 
@@ -124,18 +127,21 @@ def load_model(source: str | Path, device: torch.device, dtype: torch.dtype) -> 
     Raises
     ------
     CheckpointError
-        Not a checkpoint, not safetensors, a model that is not supported, or tensors that do not fit the model.
+        Not a checkpoint, not safetensors, a model that is not supported, or tensors that do not fit the
+        model.
     """
     directory = checkpoint_directory(source)
     _check_config(directory)
     files = _safetensors(directory)
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
+    loader: Any = InternVLForConditionalGeneration
+
     try:
         config = InternVLConfig.from_pretrained(directory, local_files_only=True)
         if _holds_lm_head(files):  # InternVLConfig ties by default, whatever the checkpoint holds
             config.tie_word_embeddings = False
-        model, info = InternVLForConditionalGeneration.from_pretrained(
+        model, info = loader.from_pretrained(
             directory,
             config=config,
             dtype=dtype,
@@ -156,8 +162,8 @@ def view(model: nn.Module) -> ModelView:
     Raises
     ------
     CheckpointError
-        The model is not an InternVL model, or its text model needs what the loop does not do (sliding windows,
-        partial rotary dimensions, rotary types that depend on the length).
+        The model is not an InternVL model, or its text model needs what the loop does not do (sliding
+        windows, partial rotary dimensions, rotary types that depend on the length).
     """
     config: Any = model.config
     if getattr(config, "model_type", None) != "internvl" or not hasattr(model, "lm_head"):
@@ -165,7 +171,7 @@ def view(model: nn.Module) -> ModelView:
             f"Expected transformers' InternVLForConditionalGeneration, got {type(model).__name__} "
             f"of model type {getattr(config, 'model_type', None)!r}."
         )
-    body, text = model.model, config.text_config  # type: ignore[attr-defined]
+    body, text = model.model, config.text_config
     decoder: Any = body.language_model  # type: ignore[union-attr]
     _check_text_model(text, decoder)
     attention = decoder.layers[0].self_attn
@@ -193,10 +199,12 @@ def view(model: nn.Module) -> ModelView:
 
 
 def logits_processors(generation_config: Any, prompt_length: int, eos_ids: frozenset[int]) -> Any | None:
-    """Return the checkpoint's deterministic logits processors as a ``LogitsProcessorList``, or None without any.
+    """Return the checkpoint's deterministic logits processors as a ``LogitsProcessorList``, or None without
+    any.
 
     Supported: repetition_penalty, no_repeat_ngram_size, bad_words_ids, min_new_tokens, suppress_tokens,
-    begin_suppress_tokens. Decoding is greedy, so sampling settings (temperature, top_p, ...) and beams are ignored.
+    begin_suppress_tokens. Decoding is greedy, so sampling settings (temperature, top_p, ...) and beams are
+    ignored.
     """
     from transformers.generation import logits_process as lp
 
@@ -254,8 +262,8 @@ def _safetensors(directory: Path) -> list[Path]:
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
         raise CheckpointError(
-            f"{directory} holds its weights only as pickles ({', '.join(pickles[:3])}), which can run code when "
-            "loaded and are refused. Convert the checkpoint to safetensors on a machine that trusts it."
+            f"{directory} holds its weights only as pickles ({', '.join(pickles[:3])}), which can run code "
+            "when loaded and are refused. Convert the checkpoint to safetensors on a machine that trusts it."
         )
     raise CheckpointError(f"{directory} holds no weights: expected model.safetensors or its shards.")
 
@@ -297,8 +305,8 @@ def _check_text_model(text: Any, decoder: Any) -> None:
     head_dim = decoder.layers[0].self_attn.head_dim
     if 2 * decoder.rotary_emb.inv_freq.numel() != head_dim:
         raise CheckpointError(
-            f"The rotary embedding turns {2 * decoder.rotary_emb.inv_freq.numel()} of {head_dim} head dimensions; "
-            "only full rotary embeddings are supported."
+            f"The rotary embedding turns {2 * decoder.rotary_emb.inv_freq.numel()} of {head_dim} head "
+            "dimensions; only full rotary embeddings are supported."
         )
 
 

@@ -26,8 +26,8 @@ _pil_limit = threading.Lock()
 def open_image(source: Image, max_pixels: int | None = None) -> PILImage.Image:
     """Return an image as upright RGB, fully decoded.
 
-    EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled to 8 bits, of an animation the
-    first frame is taken.
+    EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled to 8 bits, of an
+    animation the first frame is taken.
 
     Parameters
     ----------
@@ -51,8 +51,8 @@ def open_image(source: Image, max_pixels: int | None = None) -> PILImage.Image:
     width, height = image.size
     if width * height > limit:
         raise ImageError(
-            f"{name} has {width} x {height} = {width * height:,} pixels; the limit is {limit:,}. Scale it down, or "
-            f"raise the limit with the environment variable {MAX_PIXELS_VARIABLE}."
+            f"{name} has {width} x {height} = {width * height:,} pixels; the limit is {limit:,}. Scale it "
+            f"down, or raise the limit with the environment variable {MAX_PIXELS_VARIABLE}."
         )
     try:
         return _to_rgb(ImageOps.exif_transpose(image))

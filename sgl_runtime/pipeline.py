@@ -1,4 +1,4 @@
-"""The pipeline: the small VLM guides, then either exits with its answer or the pruned large VLM gives its own."""
+"""The pipeline: the small VLM guides; its answer is final, or the pruned large VLM gives one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class SGLResult:
     text, small_text
         The final and the small VLM's answer as text; None when the pipeline was made without tokenizers.
     token_ids, small_token_ids
-        The same as token ids, the end-of-sequence token included. ``token_ids`` are the large VLM's unless ``exited``.
+        The same as token ids, the end-of-sequence token included. ``token_ids`` are the large VLM's unless
+        ``exited``.
     exited
         Whether the small answer is the final one; the large VLM was then never run.
     decision_score, confidence, consistency
@@ -39,13 +40,14 @@ class SGLResult:
     mass
         (N_v,) fp32, attention received by each visual token in the small VLM, in prompt order.
     kept_index
-        (S_kept,) int64, ascending positions in the large VLM's prompt (text and visual) that layers from the prune
-        layer on saw; None when ``exited``.
+        (S_kept,) int64, ascending positions in the large VLM's prompt (text and visual) that layers from the
+        prune layer on saw; None when ``exited``.
     kept_visual
         (num_keep,) int64, which visual tokens (0 to N_v - 1, indices into ``mass``) are among them; None when
         ``exited``.
     accepted_draft
-        Tokens of the small answer that the large VLM took over unchanged; 0, verification is not available yet.
+        Tokens of the small answer that the large VLM took over unchanged; 0, verification is not available
+        yet.
     timings
         Seconds per stage: preprocess, small_vision, small_prefill, small_decode, consistency, large_vision,
         large_prefill, large_decode; stages that did not run are missing.
@@ -114,7 +116,8 @@ class SGLPipeline:
         Parameters
         ----------
         small, large
-            Checkpoints of transformers' ``InternVLForConditionalGeneration``, safetensors only; no code is run.
+            Checkpoints of transformers' ``InternVLForConditionalGeneration``, safetensors only; no code is
+            run.
         config
             Settings; default ``SGLConfig()``.
         device
@@ -147,9 +150,11 @@ class SGLPipeline:
     def from_models(
         cls, small_model: nn.Module, large_model: nn.Module, config: SGLConfig | None = None
     ) -> SGLPipeline:
-        """Wrap two ``InternVLForConditionalGeneration`` modules in memory; use `generate` with processor outputs.
+        """Wrap two ``InternVLForConditionalGeneration`` modules in memory; use `generate` with processor
+        outputs.
 
-        The modules are used as they are, on their devices and in their dtypes; they are switched to eval mode.
+        The modules are used as they are, on their devices and in their dtypes; they are switched to eval
+        mode.
         """
         small, large = VLM(small_model.eval(), "small"), VLM(large_model.eval(), "large")
         return cls(small, large, SGLConfig() if config is None else config)
@@ -181,8 +186,8 @@ class SGLPipeline:
         """
         if self.small_processor is None or self.large_processor is None:
             raise PromptError(
-                "This pipeline was made from models without tokenizers: call generate() with processor outputs, or "
-                "load it with SGLPipeline.from_pretrained()."
+                "This pipeline was made from models without tokenizers: call generate() with processor "
+                "outputs, or load it with SGLPipeline.from_pretrained()."
             )
         clock = self._clock()
         with clock.stage("preprocess"):
@@ -200,8 +205,8 @@ class SGLPipeline:
         Parameters
         ----------
         small_inputs, large_inputs
-            For each VLM ``input_ids`` (1, S) int64 and ``pixel_values`` (tiles, 3, height, width) floats. Both
-            must have the same number of visual tokens: the i-th of one stands for the i-th of the other.
+            For each VLM ``input_ids`` (1, S) int64 and ``pixel_values`` (tiles, 3, height, width) floats.
+            Both must have the same number of visual tokens: the i-th of one stands for the i-th of the other.
         """
         return self._run(small_inputs, large_inputs, self._clock())
 
@@ -269,13 +274,13 @@ def _check_match(small: Prompt, large: Prompt) -> None:
     """Raise PromptError unless the i-th visual token of one prompt can stand for the i-th of the other."""
     if small.num_visual != large.num_visual:
         raise PromptError(
-            f"The small VLM has {small.num_visual} visual tokens and the large VLM {large.num_visual}; guidance needs "
-            "equal counts. Use two VLMs of one family, with the same tile settings."
+            f"The small VLM has {small.num_visual} visual tokens and the large VLM {large.num_visual}; "
+            "guidance needs equal counts. Use two VLMs of one family, with the same tile settings."
         )
     if len(small.spans) == len(large.spans) and small.spans != large.spans:
         raise PromptError(
-            f"The images' visual tokens differ: {list(small.spans)} in the small VLM and {list(large.spans)} in the "
-            "large VLM. Use two VLMs of one family, with the same tile settings."
+            f"The images' visual tokens differ: {list(small.spans)} in the small VLM and {list(large.spans)} "
+            "in the large VLM. Use two VLMs of one family, with the same tile settings."
         )
 
 

@@ -19,8 +19,17 @@ from sgl_runtime.images import Image, open_image
 
 PLACEHOLDER = "<image>"
 _PIXEL_SETTINGS = (
-    "size do_resize do_rescale rescale_factor do_normalize image_mean image_std resample min_patches max_patches"
-).split()
+    "size",
+    "do_resize",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "resample",
+    "min_patches",
+    "max_patches",
+)
 _TOKENS = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
@@ -40,7 +49,8 @@ class Processor:
     tokens_per_tile
         Visual tokens of one tile.
     template
-        Chat template (Jinja) when the tokenizer has none; without any, the images come first, then the prompt.
+        Chat template (Jinja) when the tokenizer has none; without any, the images come first, then the
+        prompt.
     """
 
     def __init__(
@@ -86,16 +96,16 @@ class Processor:
                 f"{directory}: the tokenizer gives {processor.context} the id {known}, the model expects "
                 f"{model.image_token_id}. The tokenizer does not belong to the model."
             )
-        size = processor.image_processor.size
+        size: Any = processor.image_processor.size
         if (size.height, size.width) != model.tile_size:
             raise CheckpointError(
-                f"{directory}: the image settings make tiles of {size.height} x {size.width}, the model takes "
-                f"{model.tile_size[0]} x {model.tile_size[1]}."
+                f"{directory}: the image settings make tiles of {size.height} x {size.width}, the model "
+                f"takes {model.tile_size[0]} x {model.tile_size[1]}."
             )
         return processor
 
     def __call__(self, images: Image | Sequence[Image], prompt: str) -> dict[str, Tensor]:
-        """Return ``input_ids`` (1, S) int64 and ``pixel_values`` (tiles, 3, height, width) fp32 of one request.
+        """Return ``input_ids`` and ``pixel_values`` of one request.
 
         Parameters
         ----------
@@ -104,19 +114,22 @@ class Processor:
         prompt
             The user's text. ``<image>`` marks where each image goes; without any mark the images come first.
 
+        Returns
+        -------
+        dict
+            ``input_ids`` (1, S) int64 and ``pixel_values`` (tiles, 3, height, width) fp32.
+
         Raises
         ------
         ImageError, PromptError
             A bad image, no image, an empty prompt, or marks that do not match the images.
         """
-        sources = list(images) if isinstance(images, (list, tuple)) else [images]
+        sources: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
         content = self._content(prompt, len(sources))
         tiles, counts = self._tiles(sources)
-        text = self._render(content, len(sources))
-        for count in counts:
-            expanded = f"{self.start}{_MARK * self.tokens_per_tile * count}{self.end}"
-            text = text.replace(self.context, expanded, 1)
-        text = text.replace(_MARK, self.context)
+        first, *rest = self._render(content, len(sources)).split(self.context)
+        spans = [f"{self.start}{self.context * self.tokens_per_tile * count}{self.end}" for count in counts]
+        text = first + "".join(span + piece for span, piece in zip(spans, rest, strict=True))
         bos = self.tokenizer.bos_token
         with_special = not (bos is not None and text.startswith(bos))
         ids = self.tokenizer(text, add_special_tokens=with_special)["input_ids"]
@@ -133,7 +146,7 @@ class Processor:
         """
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-        settings = self.image_processor
+        settings: Any = self.image_processor
         if not settings.crop_to_patches or settings.max_patches <= 1:
             return 1, 1, False
         width, height = open_image(image).size
@@ -171,6 +184,7 @@ class Processor:
         flat = "".join(part.get("text", f"{self.context}\n") for part in content)
         if self.template is None:
             return flat
+        failure = ""
         for message in (content, flat):  # some templates take parts, others only a string
             try:
                 text = self.tokenizer.apply_chat_template(
@@ -180,17 +194,16 @@ class Processor:
                     tokenize=False,
                 )
             except Exception as error:  # Jinja and the template itself raise what they like
-                failure: Exception | None = error
+                failure = f" ({error})"
                 continue
-            failure = None
             if text.count(self.context) == num_images:
                 return text
         raise PromptError(
-            f"The checkpoint's chat template does not put {self.context} once for each of {num_images} images"
-            + (f" ({failure})." if failure else ".")
+            f"The checkpoint's chat template does not put {self.context} once for each of {num_images} "
+            f"images{failure}."
         )
 
-    def _tiles(self, sources: list[Image]) -> tuple[Tensor, list[int]]:
+    def _tiles(self, sources: Sequence[Any]) -> tuple[Tensor, list[int]]:
         """Return all tiles (tiles, 3, height, width) and how many each image has."""
         tiles: list[np.ndarray] = []
         counts = []
@@ -199,9 +212,6 @@ class Processor:
             tiles += features["pixel_values"]
             counts.append(int(features["num_patches"][0]))
         return torch.from_numpy(np.stack(tiles)).float(), counts
-
-
-_MARK = "\ue000"  # stands for the context token while images are put in one after another
 
 
 def _image_settings(directory: Path) -> dict[str, Any]:
