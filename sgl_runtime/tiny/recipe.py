@@ -15,7 +15,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from .scenes import COLORS, DIGITS, LETTERS, MAX_COUNT, SHAPES, SIZE
+from .scenes import COLORS, DIGITS, LETTERS, SHAPES, SIZE
 
 PATCH = 16
 VISUAL_TOKENS = (SIZE // PATCH) ** 2
@@ -143,7 +143,7 @@ def _sincos_grid(side: int, width: int) -> torch.Tensor:
 
 
 def save_processing(path: Path) -> None:
-    """Tokenizer, chat template and image processor settings, as they stand beside any checkpoint of the hub."""
+    """Tokenizer, chat template and image settings, as they stand beside any checkpoint of the hub."""
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
     build_tokenizer().save_pretrained(path)

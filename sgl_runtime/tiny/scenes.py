@@ -1,7 +1,7 @@
 """Rendered scenes with questions: labelled coloured shapes over clutter, noise and stray text.
 
-A scene is a pure function of ``(split, index)``, so training and held-out scenes never meet and any scene of a
-report can be rendered again. Nothing here knows about models.
+A scene is a pure function of ``(split, index)``, so training and held-out scenes never meet and any scene of
+a report can be rendered again. Nothing here knows about models.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ SPLITS = {"train": 0, "test": 1, "demo": 2, "calibration": 3}
 
 _FONT_FILES = sorted((Path(__file__).parent / "fonts").glob("*.ttf"))
 _SPRITE_SCALE = 4  # shapes are drawn this much larger and scaled down, for smooth edges
-_MARGIN = 30
+_GRID, _JITTER = (
+    16,
+    5,
+)  # label centres lie within _JITTER pixels of a node of a grid that is _GRID pixels wide
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,13 @@ class Scene:
     questions: tuple[Question, ...]
 
 
-def make_scene(split: str, index: int, questions: int = 4) -> Scene:
-    """Render scene ``index`` of ``split`` ("train", "test", "demo", "calibration") and ask ``questions`` about it."""
+def make_scene(split: str, index: int, questions: int = 4, crowd: tuple[int, int] = (4, 9)) -> Scene:
+    """Render scene ``index`` of ``split`` (a key of SPLITS) and ask that many ``questions`` about it.
+
+    ``crowd`` bounds the number of items; fewer are placed where no room is left.
+    """
     rng = np.random.default_rng([SPLITS[split], index])
-    items, shape_sizes = _place_items(rng)
+    items, shape_sizes = _place_items(rng, crowd)
     image = _background(rng)
     for _ in range(rng.integers(2, 6)):
         _stray_text(image, rng)
@@ -111,17 +117,20 @@ def ask(kind: str, items: tuple[Item, ...], rng: np.random.Generator) -> Questio
     return None
 
 
-def _place_items(rng: np.random.Generator) -> tuple[tuple[Item, ...], list[int]]:
+def _place_items(rng: np.random.Generator, crowd: tuple[int, int]) -> tuple[tuple[Item, ...], list[int]]:
     items: list[Item] = []
     sizes: list[int] = []
-    wanted = int(rng.integers(4, 10))
+    wanted = int(rng.integers(crowd[0], crowd[1] + 1))
     labels: set[str] = set()
     colors = list(COLORS)
     for _ in range(400):
         if len(items) == wanted:
             break
-        size = int(rng.integers(46, 59))
-        x, y = (int(v) for v in rng.integers(_MARGIN, SIZE - _MARGIN, 2))
+        size = int(rng.integers(48, 61))
+        x, y = (
+            int(v)
+            for v in rng.integers(2, 14, 2) * _GRID + _GRID // 2 + rng.integers(-_JITTER, _JITTER + 1, 2)
+        )
         if any(math.hypot(x - i.x, y - i.y) < 0.53 * (size + s) for i, s in zip(items, sizes, strict=True)):
             continue
         color = colors[rng.integers(len(colors))]
@@ -187,7 +196,9 @@ def _shape_mask(shape: str, size: int) -> tuple[Image.Image, tuple[int, int]]:
     elif shape == "triangle":
         draw.polygon([(large / 2, 0), (large - 1, large - 1), (0, large - 1)], fill=255)
     else:
-        draw.polygon([(large / 2, 0), (large - 1, large / 2), (large / 2, large - 1), (0, large / 2)], fill=255)
+        draw.polygon(
+            [(large / 2, 0), (large - 1, large / 2), (large / 2, large - 1), (0, large / 2)], fill=255
+        )
     low = int(0.67 * size) if shape == "triangle" else size // 2
     return mask.resize((size, size), Image.Resampling.LANCZOS), (size // 2, low)
 
@@ -195,7 +206,7 @@ def _shape_mask(shape: str, size: int) -> tuple[Image.Image, tuple[int, int]]:
 def _draw_label(
     image: Image.Image, text: str, x: int, y: int, ink: tuple[int, int, int], rng: np.random.Generator
 ) -> None:
-    mask = _label_mask(text, int(rng.integers(len(_FONT_FILES))), int(rng.integers(17, 22)))
+    mask = _label_mask(text, int(rng.integers(len(_FONT_FILES))), int(rng.integers(18, 23)))
     image.paste(ink, (x - mask.width // 2, y - mask.height // 2), mask)
 
 

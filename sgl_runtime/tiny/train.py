@@ -3,9 +3,10 @@
     python -m sgl_runtime.tiny.train large vision
     python -m sgl_runtime.tiny.train large language
 
-The vision tower learns from throwaway heads that name the shape under the patch at each label's centre. The language
-model then learns from questions and answers alone, with the tower frozen: attention is never supervised and no token is
-dropped. Every step's scenes follow from the step number, so a run that was stopped goes on where it was.
+The vision tower learns from throwaway heads that name the shape under the patches near each label's centre,
+in crowded scenes. The language model then learns from questions and answers alone, with the tower frozen:
+attention is never supervised and no token is dropped. Every step's scenes follow from the step number, so a
+stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from .scenes import COLORS, DIGITS, LETTERS, SHAPES, SIZE, Scene, ask, make_scen
 SLOTS = ("read",) * 6 + ("read two",) * 3 + ("describe",) * 3 + ("count",) * 3
 QUESTION_LENGTH = {"read": 4, "read two": 8, "describe": 6, "count": 4}
 ANSWER_LENGTH = {"read": 2, "read two": 4, "describe": 2, "count": 1}
+VISION_CROWD, VISION_RADIUS = (9, 14), 13  # items a scene; pixels within which a patch is near a label
 LANGUAGE_OFFSET = 10_000_000  # the language stage sees scenes that the vision stage did not
 IGNORE = -100
+SAVE_EVERY = 200  # steps
 
 
 def pixels(scenes: list[Scene]) -> Tensor:
@@ -43,7 +46,7 @@ def pixels(scenes: list[Scene]) -> Tensor:
 
 
 class VisionTask(nn.Module):
-    """Names colour, shape, letter and digit under the patch that holds a label's centre; class 0 is "nothing"."""
+    """Names colour, shape, letter and digit under the patches near a label; class 0 is "nothing"."""
 
     def __init__(self, tower: nn.Module, width: int) -> None:
         super().__init__()
@@ -63,20 +66,19 @@ class VisionTask(nn.Module):
         truth = labels[found].unbind(-1)
         losses = [F.cross_entropy(part, label) for part, label in zip(parts, truth, strict=True)]
         right = [
-            (part.argmax(-1) == label).float().mean().item()
-            for part, label in zip(parts, truth, strict=True)
+            (part.argmax(-1) == label).float().mean().item() for part, label in zip(parts, truth, strict=True)
         ]
         names = ("color", "shape", "letter", "digit")
         return sum(losses, background), dict(zip(names, right, strict=True))
 
     @staticmethod
     def labels(scenes: list[Scene]) -> Tensor:
-        side = SIZE // recipe.PATCH
-        labels = torch.zeros(len(scenes), side * side, 4, dtype=torch.long)
+        centre = torch.arange(recipe.PATCH // 2, SIZE, recipe.PATCH)  # of each row or column of patches
+        labels = torch.zeros(len(scenes), len(centre) ** 2, 4, dtype=torch.long)
         for row, scene in enumerate(scenes):
             for item in scene.items:
-                place = item.y // recipe.PATCH * side + item.x // recipe.PATCH
-                labels[row, place] = 1 + torch.tensor(
+                near = (centre[:, None] - item.y) ** 2 + (centre[None] - item.x) ** 2 < VISION_RADIUS**2
+                labels[row, near.flatten()] = 1 + torch.tensor(
                     [
                         list(COLORS).index(item.color),
                         SHAPES.index(item.shape),
@@ -100,7 +102,9 @@ class LanguageTask(nn.Module):
         self.prefix += [recipe.IMAGE] * recipe.VISUAL_TOKENS + [recipe.IMAGE_END]
         # Each slot: question, <|im_end|> <|im_start|> assistant, answer, <|im_end|>.
         lengths = [QUESTION_LENGTH[kind] + 3 + ANSWER_LENGTH[kind] + 1 for kind in SLOTS]
-        owner = torch.cat([torch.zeros(len(self.prefix)), *(torch.full((n,), i + 1.0) for i, n in enumerate(lengths))])
+        owner = torch.cat(
+            [torch.zeros(len(self.prefix)), *(torch.full((n,), i + 1.0) for i, n in enumerate(lengths))]
+        )
         causal = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
         visible = (owner[:, None] == owner[None]) | (owner[None] == 0)
         start = len(self.prefix)
@@ -168,7 +172,7 @@ def _words() -> Callable:
     return functools.cache(lambda text: tokenizer(text))
 
 
-def fit(task: nn.Module, path: Path, *, steps: int, batch: int, lr: float, offset: int, dtype: torch.dtype) -> None:
+def fit(task: nn.Module, path: Path, *, steps: int, lr: float, scenes: Callable[[int], list[Scene]]) -> None:
     """AdamW with warm-up and cosine decay; state is written to ``path`` so that a stopped run resumes."""
     named = {name: p for name, p in task.named_parameters() if p.requires_grad}
     decay = [p for p in named.values() if p.ndim > 1]
@@ -183,9 +187,8 @@ def fit(task: nn.Module, path: Path, *, steps: int, batch: int, lr: float, offse
         rate = lr * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        scenes = [make_scene("train", offset + step * batch + i, 0) for i in range(batch)]
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss, metrics = task(scenes, np.random.default_rng([offset, step]))
+        with torch.autocast(device, torch.bfloat16):
+            loss, metrics = task(scenes(step), np.random.default_rng(step))
         loss.backward()
         nn.utils.clip_grad_norm_(list(named.values()), 1.0)
         optimizer.step()
@@ -193,11 +196,13 @@ def fit(task: nn.Module, path: Path, *, steps: int, batch: int, lr: float, offse
         for name, value in {"loss": loss.item(), **metrics}.items():
             running[name] = 0.95 * running.get(name, value) + 0.05 * value
         bar.set_postfix({k: f"{v:.3f}" for k, v in running.items()}, refresh=False)
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             _save(task, optimizer, named, path, step + 1)
 
 
-def _save(task: nn.Module, optimizer: torch.optim.Optimizer, named: dict[str, Tensor], path: Path, step: int) -> None:
+def _save(
+    task: nn.Module, optimizer: torch.optim.Optimizer, named: dict[str, Tensor], path: Path, step: int
+) -> None:
     state = {f"model.{k}": v.detach().contiguous() for k, v in task.state_dict().items()}
     for name, parameter in named.items():
         for key in ("exp_avg", "exp_avg_sq"):
@@ -226,7 +231,9 @@ def _restore(task: nn.Module, optimizer: torch.optim.Optimizer, named: dict[str,
 def main(
     size: Annotated[Literal["small", "large"], typer.Argument(help="Which of the two VLMs.")],
     stage: Annotated[Literal["vision", "language"], typer.Argument(help="Vision first.")],
-    out: Annotated[Path, typer.Option(help="Training states; the finished checkpoint is OUT/SIZE.")] = Path("runs/tiny"),
+    out: Annotated[Path, typer.Option(help="Training states; the finished checkpoint is OUT/SIZE.")] = Path(
+        "runs/tiny"
+    ),
     steps: Annotated[int, typer.Option(min=1)] = 4000,
     batch: Annotated[int, typer.Option(help="Images a step.", min=1)] = 16,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
@@ -242,18 +249,27 @@ def main(
     vision = VisionTask(model.model.vision_tower, recipe.SIZES[size].vision_width)
     vision_state = out / f"{size}-vision.safetensors"
     if stage == "vision":
-        fit(vision.to(device), vision_state, steps=steps, batch=batch, lr=lr, offset=0, dtype=torch.bfloat16)
+
+        def crowded(step: int) -> list[Scene]:
+            return [make_scene("train", step * batch + i, 0, VISION_CROWD) for i in range(batch)]
+
+        fit(vision.to(device), vision_state, steps=steps, lr=lr, scenes=crowded)
         return
     if not vision_state.exists():
-        raise typer.BadParameter(f"{vision_state} is missing: run `python -m sgl_runtime.tiny.train {size} vision` first")
+        raise typer.BadParameter(
+            f"{vision_state} is missing: run `python -m sgl_runtime.tiny.train {size} vision` first"
+        )
     state = load_file(vision_state)
     vision.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
     model.model.vision_tower.requires_grad_(False)
     task = LanguageTask(model).to(device)
     if compile:
         model.model.language_model.compile()
-    state_path = out / f"{size}-language.safetensors"
-    fit(task, state_path, steps=steps, batch=batch, lr=lr, offset=LANGUAGE_OFFSET, dtype=torch.bfloat16)
+
+    def fresh(step: int) -> list[Scene]:
+        return [make_scene("train", LANGUAGE_OFFSET + step * batch + i, 0) for i in range(batch)]
+
+    fit(task, out / f"{size}-language.safetensors", steps=steps, lr=lr, scenes=fresh)
     export(model, out / size)
 
 

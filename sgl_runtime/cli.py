@@ -1,0 +1,203 @@
+"""The command line: ``sgl-vlm demo | run | env``. Bad input ends in one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sgl_runtime.errors import SGLError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Large vision-language models guided by small ones: pruning of visual tokens and early exit.",
+)
+
+KeepRatio = Annotated[float, typer.Option(help="Share of visual tokens the large VLM keeps, in (0, 1].")]
+PruneLayer = Annotated[
+    str, typer.Option(help="Prune on entry to this layer: 3 is layer 3, 0.2 is 20 % of the depth.")
+]
+ExitThreshold = Annotated[
+    float | None,
+    typer.Option(help="Exit with the small answer from this decision score on; never if not given."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
+
+
+def main() -> None:
+    """Entry point of ``sgl-vlm``."""
+    try:
+        app()
+    except SGLError as error:
+        typer.echo(f"sgl-vlm: error: {error}", err=True)
+        sys.exit(2)
+
+
+@app.command(epilog="Example: sgl-vlm demo --out pictures")
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("sgl-vlm-demo"),
+    keep_ratio: KeepRatio = 0.09,
+    prune_layer: PruneLayer = "0",
+    exit_threshold: ExitThreshold = 0.9,
+    as_json: AsJson = False,
+) -> None:
+    """Ask the bundled tiny pair about the bundled pictures: no download, no arguments."""
+    from sgl_runtime import tiny
+    from sgl_runtime.images import open_image
+
+    started = time.perf_counter()
+    pipe = _pipeline(tiny.SMALL, tiny.LARGE, _config(keep_ratio, prune_layer, exit_threshold, 8))
+    answers = []
+    for number, sample in enumerate(tiny.samples(), start=1):
+        result = pipe(sample["image"], sample["prompt"])
+        picture = out / f"{number}-{Path(sample['image']).stem}.png"
+        _save_picture(pipe, picture, open_image(sample["image"]), sample["prompt"], result)
+        answers.append({**sample, **result.to_dict(), "picture": str(picture)})
+        if not as_json:
+            _print_answer(sample["prompt"], result, right=sample["answer"])
+            typer.echo(f"  picture        {picture}\n")
+    if as_json:
+        typer.echo(json.dumps({"answers": answers}))
+    else:
+        right = sum(answer["text"] == answer["answer"] for answer in answers)
+        exits = sum(answer["exited"] for answer in answers)
+        typer.echo(
+            f"{right} of {len(answers)} right, {exits} answered by the small VLM alone, "
+            f"{time.perf_counter() - started:.1f} s in all. Open the pictures in {out}/."
+        )
+
+
+@app.command(
+    epilog="Example: sgl-vlm run --small SMALL_DIR --large LARGE_DIR --image sign.png "
+    '--prompt "What does the sign say?"'
+)
+def run(
+    small: Annotated[str, typer.Option(help="Checkpoint of the small VLM: a directory or a hub id.")],
+    large: Annotated[str, typer.Option(help="Checkpoint of the large VLM.")],
+    image: Annotated[list[str], typer.Option(help="Image file; may be given several times.")],
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    keep_ratio: KeepRatio = 0.2,
+    prune_layer: PruneLayer = "0.2",
+    exit_threshold: ExitThreshold = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    as_json: AsJson = False,
+    save_map: Annotated[
+        Path | None, typer.Option(help="Write a PNG of the mass and the kept tokens.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Answer one question about one or more images."""
+    from sgl_runtime.errors import ConfigError
+    from sgl_runtime.images import open_image
+
+    config = _config(keep_ratio, prune_layer, exit_threshold, max_new_tokens)
+    if save_map is not None and len(image) != 1:
+        raise ConfigError(
+            f"--save-map draws one image, got {len(image)}. Leave it out or ask about one image."
+        )
+    opened = [open_image(path) for path in image]  # before the models, which may take minutes to load
+    pipe = _pipeline(small, large, config, device=device, dtype=dtype)
+    result = pipe(opened, prompt)
+    if save_map is not None:
+        _save_picture(pipe, save_map, opened[0], prompt, result)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+    else:
+        _print_answer(prompt, result)
+        if save_map is not None:
+            typer.echo(f"  picture        {save_map}")
+
+
+@app.command(epilog="Example: sgl-vlm env --json")
+def env(as_json: AsJson = False) -> None:
+    """Show versions, the backend of each op, CPU features, the first load error: for bug reports."""
+    import importlib.metadata
+
+    import sgl_kernels
+
+    found: dict[str, Any] = dict(sgl_kernels.collect_env())
+    found["packages"] = {
+        name: importlib.metadata.version(name)
+        for name in ("sgl-vlm", "transformers", "tokenizers", "safetensors", "pillow", "numpy")
+    }
+    typer.echo(json.dumps(found, default=str) if as_json else _lines(found))
+
+
+def _config(keep_ratio: float, prune_layer: str, exit_threshold: float | None, max_new_tokens: int) -> Any:
+    from sgl_runtime.config import SGLConfig
+    from sgl_runtime.errors import ConfigError
+
+    try:
+        layer = float(prune_layer) if "." in prune_layer else int(prune_layer)
+    except ValueError:
+        raise ConfigError(
+            f"--prune-layer must be a layer such as 3 or a share such as 0.2, got {prune_layer!r}."
+        ) from None
+    return SGLConfig(
+        keep_ratio=keep_ratio,
+        prune_layer=layer,
+        exit_threshold=exit_threshold,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def _pipeline(small: str | Path, large: str | Path, config: Any, **options: Any) -> Any:
+    from sgl_runtime.pipeline import SGLPipeline
+
+    return SGLPipeline.from_pretrained(small, large, config=config, **options)
+
+
+def _save_picture(pipe: Any, path: Path, image: Any, prompt: str, result: Any) -> None:
+    from sgl_runtime.config import num_kept
+    from sgl_runtime.pictures import save_guidance
+
+    num_keep = num_kept(len(result.mass), pipe.config.keep_ratio)
+    if result.exited:
+        kept = result.mass.topk(num_keep).indices
+        note = "small VLM was sure: large VLM not asked"
+    else:
+        kept = result.kept_visual
+        note = f"large VLM sees {num_keep} of {len(result.mass)} tokens"
+    title = f"{prompt}  →  {result.text}"
+    tiling = pipe.small_processor.tiling(image)
+    save_guidance(path, image, result.mass.numpy(), kept.numpy(), tiling, title=title, note=note)
+
+
+def _print_answer(prompt: str, result: Any, right: str | None = None) -> None:
+    score = f"{result.decision_score:.3f} (confidence {result.confidence:.3f}"
+    score += ")" if result.consistency is None else f", consistency {result.consistency:.3f})"
+    kept = "-" if result.exited else f"{len(result.kept_visual)} of {len(result.mass)} visual tokens"
+    verdict = "" if right is None else (" (right)" if result.text == right else f" (wrong: it is {right})")
+    stages = ", ".join(f"{stage} {1e3 * seconds:.1f}" for stage, seconds in result.timings.items())
+    typer.echo(prompt)
+    for label, value in (
+        ("small answer", result.small_text),
+        ("decision score", score),
+        ("early exit", "yes" if result.exited else "no"),
+        ("large keeps", kept),
+        ("answer", f"{result.text}{verdict}"),
+        ("ms per stage", stages),
+    ):
+        typer.echo(f"  {label:<14} {value}")
+
+
+def _lines(values: dict[str, Any], indent: str = "") -> str:
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}:", _lines(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{key}: {value}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""How good the tiny pair is, with and without pruning and early exit, on scenes never seen in training.
+
+    python -m sgl_runtime.tiny.evaluate --questions 2000
+
+Every question is answered by the small VLM, by the unpruned large VLM, and by the large VLM pruned at each
+setting under each ranking. An answer counts when it is the true one, letter for letter. Intervals are 95 %
+bootstrap intervals over questions.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+from tqdm import tqdm
+
+from sgl_runtime.clock import Clock
+from sgl_runtime.config import SGLConfig, num_kept
+from sgl_runtime.engine import VLM, Prune, Request
+from sgl_runtime.files import whole_file
+from sgl_runtime.guidance import guide
+from sgl_runtime.pipeline import SGLPipeline
+
+from . import LARGE, SMALL
+from .scenes import KINDS, make_scene
+
+# (prune layer K, keep ratio r) by token ratio; 9 % at ten layers is K = 0. The last one is a harder K = 1.
+SETTINGS = {"64 %": (4, 0.4), "36 %": (2, 0.2), "9 %": (0, 0.09), "15 % (K = 1, r = 0.05)": (1, 0.05)}
+RANKINGS = ("guided", "oracle", "FastV", "random")
+EXIT_SETTING = "36 %"  # what the large VLM runs at in the early-exit curve
+MAX_NEW_TOKENS = 8
+QUESTIONS_PER_SCENE = 4
+_RESAMPLES = 2000
+
+
+def fastv_ranking(large: VLM, request: Request, layer: int) -> Tensor:
+    """FastV (arXiv 2403.06764): attention the last prompt token pays in layer max(K - 1, 0). (1, N)."""
+    mass = large.mass_buffer(request, per_layer=True)
+    last = torch.tensor([[request.prompt.length - 1]], dtype=torch.int32)
+    large.prefill(request, mass=mass, query_index=last)
+    return mass[max(layer - 1, 0)]
+
+
+def answer_question(pipe: SGLPipeline, image: Any, prompt: str, seed: int) -> dict[str, Any]:
+    """Return the small answer with its scores, the large answer, and one per setting and ranking."""
+    assert pipe.small_processor is not None
+    assert pipe.large_processor is not None
+    small, large = pipe.small, pipe.large
+    request = small.encode(small.prompt(pipe.small_processor(image, prompt)))
+    guidance = guide(small, request, SGLConfig(max_new_tokens=MAX_NEW_TOKENS), Clock(small.model.device))
+    request = large.encode(large.prompt(pipe.large_processor(image, prompt)))
+    oracle = large.mass_buffer(request)
+    unpruned = large.generate(request, MAX_NEW_TOKENS, mass=oracle)
+    noise = torch.rand(guidance.mass.shape, generator=torch.Generator().manual_seed(seed))
+    out = {
+        "small": pipe.small_processor.decode(guidance.answer.token_ids),
+        "confidence": guidance.confidence,
+        "consistency": guidance.consistency,
+        "score": guidance.decision_score,
+        "large": pipe.large_processor.decode(unpruned.token_ids),
+    }
+    for setting, (layer, keep) in SETTINGS.items():
+        rankings = {
+            "guided": guidance.mass,
+            "oracle": oracle[0],
+            "FastV": fastv_ranking(large, request, layer),
+            "random": noise,
+        }
+        for name, ranking in rankings.items():
+            prune = Prune(layer, ranking, num_kept(request.prompt.num_visual, keep))
+            answer = large.generate(request, MAX_NEW_TOKENS, prune=prune)
+            out[f"{name} {setting}"] = pipe.large_processor.decode(answer.token_ids)
+    return out
+
+
+def collect(pipe: SGLPipeline, split: str, questions: int) -> list[dict[str, Any]]:
+    """Answer ``questions`` questions about the first scenes of ``split``."""
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=questions, desc=f"{split} scenes", unit="question") as bar:
+        for index in range(-(-questions // QUESTIONS_PER_SCENE)):
+            scene = make_scene(split, index, QUESTIONS_PER_SCENE)
+            for number, question in enumerate(scene.questions[: questions - len(rows)]):
+                row = {
+                    "scene": index,
+                    "kind": question.kind,
+                    "prompt": question.text,
+                    "truth": question.answer,
+                }
+                rows.append(row | answer_question(pipe, scene.image, question.text, 1000 * index + number))
+                bar.update()
+    return rows
+
+
+def interval(right: np.ndarray) -> tuple[float, float, float]:
+    """Return mean and 95 % bootstrap interval of per-question results (questions,)."""
+    draws = np.random.default_rng(0).integers(0, len(right), (_RESAMPLES, len(right)))
+    low, high = np.percentile(right[draws].mean(1), [2.5, 97.5])
+    return float(right.mean()), float(low), float(high)
+
+
+def exit_curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Accuracy when the questions with the highest decision score exit, and when as many random ones do.
+
+    Random routing is its expectation: each question counts ``share`` small and ``1 - share`` large.
+    """
+    small, large = _right(rows, "small"), _right(rows, f"guided {EXIT_SETTING}")
+    score = np.array([row["score"] for row in rows])
+    order = np.argsort(-score, kind="stable")
+    points = []
+    for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        exits = np.zeros(len(rows), dtype=bool)
+        exits[order[: round(share * len(rows))]] = True
+        points.append(
+            {
+                "share": share,
+                "threshold": float(score[exits].min()),
+                "early exit": interval(np.where(exits, small, large)),
+                "random routing": interval(share * small + (1 - share) * large),
+            }
+        )
+    return points
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """Return the tables of the model card in Markdown."""
+    lines = ["| answered by | ranking | all | " + " | ".join(KINDS) + " |", "| --- " * (3 + len(KINDS)) + "|"]
+    lines += [_table_row("small alone", "", rows, "small"), _table_row("large, unpruned", "", rows, "large")]
+    for setting in SETTINGS:
+        lines += [_table_row(f"large at {setting}", name, rows, f"{name} {setting}") for name in RANKINGS]
+    lines += ["", f"Early exit, large VLM guided at {EXIT_SETTING}:", ""]
+    lines += ["| exits | threshold | by decision score | random routing |", "| --- " * 4 + "|"]
+    for point in exit_curve(rows):
+        early, chance = (_percent(point[name]) for name in ("early exit", "random routing"))
+        lines.append(f"| {point['share']:.0%} | {point['threshold']:.3f} | {early} | {chance} |")
+    return "\n".join(lines) + "\n"
+
+
+def _right(rows: list[dict[str, Any]], name: str) -> np.ndarray:
+    return np.array([row[name] == row["truth"] for row in rows], dtype=np.float64)
+
+
+def _percent(values: tuple[float, float, float]) -> str:
+    mean, low, high = (100 * value for value in values)
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _table_row(title: str, ranking: str, rows: list[dict[str, Any]], name: str) -> str:
+    by_kind = (f"{100 * _right([r for r in rows if r['kind'] == kind], name).mean():.1f}" for kind in KINDS)
+    return f"| {title} | {ranking} | {_percent(interval(_right(rows, name)))} | {' | '.join(by_kind)} |"
+
+
+def main(
+    questions: Annotated[int, typer.Option(help="How many held-out questions.", min=20)] = 2000,
+    split: Annotated[str, typer.Option(help="test or calibration.")] = "test",
+    small: Annotated[Path, typer.Option(help="Checkpoint of the small VLM.")] = SMALL,
+    large: Annotated[Path, typer.Option(help="Checkpoint of the large VLM.")] = LARGE,
+    out: Annotated[Path, typer.Option(help="Every answer goes to OUT.json, the tables to OUT.md.")] = Path(
+        "runs/tiny-eval"
+    ),
+) -> None:
+    """Measure the pair and print the tables."""
+    rows = collect(SGLPipeline.from_pretrained(small, large), split, questions)
+    with whole_file(out.with_suffix(".json")) as partial:
+        partial.write_text(json.dumps(rows), encoding="utf-8")
+    text = report(rows)
+    with whole_file(out.with_suffix(".md")) as partial:
+        partial.write_text(text, encoding="utf-8")
+    typer.echo(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)
