@@ -1,4 +1,4 @@
-"""Checks of arguments: each error names the op and the argument, quotes what came and says what was expected."""
+"""Checks of arguments: each error names the op, quotes what came and says what was expected."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 1024  # kMaxHeadDim of csrc/cpu/kernels.h
 
 
-def check_heads(op: str, heads: int, kv_heads: int) -> None:
+def check_heads(op: str, heads: int, kv_heads: int, dim: int) -> None:
     if kv_heads == 0 or heads % kv_heads != 0:
         raise ValueError(f"{op}: {heads} query heads over {kv_heads} KV heads, expected a whole multiple")
+    if not 0 < dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{op}: head dim is {dim}, expected 1 to {MAX_HEAD_DIM}")
 
 
 def check_lens(op: str, seq_lens: Tensor, batch: int) -> None:

@@ -94,7 +94,7 @@ def decode_attention(
         bad_shape(op, "k_cache", k_cache, f"(batch {batch}, KV heads, cache slots, head dim {dim})")
     if v_cache.shape != k_cache.shape:
         bad_shape(op, "v_cache", v_cache, f"the shape of k_cache, {dims(k_cache)}")
-    check_heads(op, heads, k_cache.shape[1])
+    check_heads(op, heads, k_cache.shape[1], dim)
     check_lens(op, seq_lens, batch)
     if q.dtype not in FLOATS:
         bad_dtype(op, "q", q, "float32, bfloat16 or float16")
@@ -176,7 +176,7 @@ def prefill_mass(
     batch, heads, length, dim = q.shape
     if k.dim() != 4 or k.shape[0] != batch or k.shape[2] != length or k.shape[3] != dim:
         bad_shape(op, "k", k, f"(batch {batch}, KV heads, positions {length}, head dim {dim})")
-    check_heads(op, heads, k.shape[1])
+    check_heads(op, heads, k.shape[1], dim)
     if query_index.dim() != 2 or query_index.shape[0] != batch:
         bad_shape(op, "query_index", query_index, f"(batch {batch}, counted rows)")
     if query_index.dtype != torch.int32:
