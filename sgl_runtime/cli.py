@@ -126,7 +126,7 @@ def env(as_json: AsJson = False) -> None:
     found: dict[str, Any] = dict(sgl_kernels.collect_env())
     found["packages"] = {
         name: importlib.metadata.version(name)
-        for name in ("sgl-vlm", "transformers", "tokenizers", "safetensors", "pillow", "numpy")
+        for name in ("transformers", "tokenizers", "safetensors", "pillow", "numpy")
     }
     typer.echo(json.dumps(found, default=str) if as_json else _lines(found))
 
