@@ -116,7 +116,7 @@ def checkpoint_directory(source: str | Path) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{name} is neither a directory here nor a checkpoint that the hub could provide "
-            f"({_first_line(error)}). Check the name and the connection, or download it first and give its "
+            f"({first_line(error)}). Check the name and the connection, or download it first and give its "
             "directory."
         ) from error
 
@@ -151,7 +151,7 @@ def load_model(source: str | Path, device: torch.device, dtype: torch.dtype) -> 
             output_loading_info=True,
         )
     except Exception as error:  # transformers and safetensors raise many kinds; each means: cannot be loaded
-        raise CheckpointError(f"{directory} could not be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{directory} could not be loaded: {first_line(error)}") from error
     _check_tensors(directory, info)
     return model.to(device).eval()
 
@@ -165,7 +165,7 @@ def view(model: nn.Module) -> ModelView:
         The model is not an InternVL model, or its text model needs what the loop does not do (sliding
         windows, partial rotary dimensions, rotary types that depend on the length).
     """
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) != "internvl" or not hasattr(model, "lm_head"):
         raise CheckpointError(
             f"Expected transformers' InternVLForConditionalGeneration, got {type(model).__name__} "
@@ -234,7 +234,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} could not be read as JSON: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} could not be read as JSON: {first_line(error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}, expected a JSON object.")
     return value
@@ -354,6 +354,7 @@ def _eos_ids(model: Any) -> frozenset[int]:
     return frozenset()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its kind."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

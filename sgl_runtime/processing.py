@@ -18,6 +18,7 @@ from sgl_runtime.errors import CheckpointError, PromptError
 from sgl_runtime.images import Image, open_image
 
 PLACEHOLDER = "<image>"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PIXEL_SETTINGS = (
     "size",
     "do_resize",
@@ -81,12 +82,15 @@ class Processor:
         """
         from transformers import AutoTokenizer
 
+        if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+            raise CheckpointError(
+                f"{directory} holds no tokenizer: expected tokenizer.json and tokenizer_config.json."
+            )
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except Exception as error:  # transformers raises many kinds; each means: no usable tokenizer
             raise CheckpointError(
-                f"{directory} holds no tokenizer that can be loaded ({str(error).strip()[:200]}). Expected "
-                "tokenizer.json and tokenizer_config.json beside the weights."
+                f"{directory}: the tokenizer could not be loaded ({hf.first_line(error)})."
             ) from error
         settings = _image_settings(directory)
         processor = cls(tokenizer, settings, model.tokens_per_tile, _chat_template(directory))

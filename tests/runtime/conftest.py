@@ -1,14 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from sgl_runtime import SGLConfig, SGLPipeline
+
+from .checkpoints import save_checkpoint
 from .slow import make_model
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _few_threads() -> None:
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +19,17 @@ def small_model() -> torch.nn.Module:
 @pytest.fixture(scope="session")
 def large_model() -> torch.nn.Module:
     return make_model("qwen3", seed=2, layers=6, heads=6)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("pair")
+    return (
+        save_checkpoint(root / "small", text="qwen2", seed=1),
+        save_checkpoint(root / "large", text="qwen3", seed=2, layers=6, heads=6),
+    )
+
+
+@pytest.fixture(scope="session")
+def pipe(pair: tuple[Path, Path]) -> SGLPipeline:
+    return SGLPipeline.from_pretrained(*pair, config=SGLConfig(max_new_tokens=5), device="cpu")

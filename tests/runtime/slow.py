@@ -1,4 +1,4 @@
-"""The semantics written down once more, slowly, on transformers' own forward passes: what the engine is tested against."""
+"""The semantics once more, slowly, on transformers' own forward passes: what the engine is tested against."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 TEXT = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 VOCAB, EOS, IMAGE_ID, PER_TILE = 150, 2, 7, 16
@@ -15,19 +21,27 @@ Inputs = dict[str, Tensor]
 
 
 def make_model(
-    text: str = "qwen2", *, seed: int = 0, layers: int = 4, image_id: int = IMAGE_ID, heads: int = 4, **changes: Any
+    text: str = "qwen2",
+    *,
+    seed: int = 0,
+    layers: int = 4,
+    heads: int = 4,
+    image_id: int = IMAGE_ID,
+    vocab: int = VOCAB,
+    context: int = 256,
+    **changes: Any,
 ) -> InternVLForConditionalGeneration:
-    """A random model: two query heads per KV head, 56 x 56 tiles of 16 tokens, weights large enough to be peaky."""
+    """A random model: two query heads per KV head, 56 x 56 tiles of 16 tokens, attention far from uniform."""
     changes = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, **changes}
     text_config = TEXT[text](
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=16 * heads,
         intermediate_size=96,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads // 2,
         head_dim=16,
-        max_position_embeddings=256,
+        max_position_embeddings=context,
         bos_token_id=1,
         eos_token_id=EOS,
         pad_token_id=0,
@@ -54,7 +68,9 @@ def make_model(
     model = InternVLForConditionalGeneration(config).eval()
     for name, weight in model.named_parameters():
         if weight.dim() >= 2:
-            torch.nn.init.normal_(weight, std=(4.0 if "q_proj" in name or "k_proj" in name else 1.5) * weight[0].numel() ** -0.5)
+            torch.nn.init.normal_(
+                weight, std=(2.0 if "q_proj" in name or "k_proj" in name else 1.0) * weight[0].numel() ** -0.5
+            )
         elif "norm" in name:
             torch.nn.init.uniform_(weight, 0.5, 1.5)
         elif "bias" in name:
@@ -68,7 +84,11 @@ def make_inputs(layout: str = "tttIttttt", *, seed: int = 0, image_id: int = IMA
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = []
     for mark in layout:
-        ids += [image_id] * PER_TILE if mark == "I" else torch.randint(10, VOCAB, (1,), generator=generator).tolist()
+        ids += (
+            [image_id] * PER_TILE
+            if mark == "I"
+            else torch.randint(10, VOCAB, (1,), generator=generator).tolist()
+        )
     pixels = torch.randn(layout.count("I"), 3, 56, 56, generator=generator)
     return {"input_ids": torch.tensor([ids]), "pixel_values": pixels}
 
@@ -81,7 +101,7 @@ def greedy(model: Any, inputs: Inputs, max_new_tokens: int, **settings: Any) -> 
 
 @torch.no_grad()
 def attention_matrices(model: Any, inputs: Inputs, answer: list[int]) -> Tensor:
-    """Full attention (layers, heads, S, S) over the prompt and all answer tokens but the last, from eager attention."""
+    """Eager attention (layers, heads, S, S) over the prompt and all answer tokens but the last."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     hidden = embed(model, inputs, answer[:-1])
@@ -119,7 +139,7 @@ def kept_positions(visual: list[int], length: int, ranking: list[float], num_kee
 
 @torch.no_grad()
 def pruned_logits(model: Any, inputs: Inputs, answer: list[int], layer: int, kept: list[int]) -> Tensor:
-    """Logits (rows, vocabulary) of the rows that survive: a plain loop over transformers' layers, no cache."""
+    """Logits (rows, vocabulary) of the surviving rows: a plain loop over transformers' layers, no cache."""
     decoder = model.model.language_model
     hidden = embed(model, inputs, answer)
     prompt_length, length = inputs["input_ids"].shape[1], hidden.shape[1]
@@ -143,7 +163,7 @@ def pruned_logits(model: Any, inputs: Inputs, answer: list[int], layer: int, kep
 def pruned_greedy(
     model: Any, inputs: Inputs, layer: int, kept: list[int], max_new_tokens: int
 ) -> tuple[list[int], list[float]]:
-    """Greedy answer and log-probabilities of a model pruned on entry to `layer`; everything is recomputed per token."""
+    """Greedy answer and log-probabilities of a model pruned on entry to `layer`, recomputed for each token."""
     answer: list[int] = []
     logprobs: list[float] = []
     while len(answer) < max_new_tokens and EOS not in answer:

@@ -25,7 +25,10 @@ def inputs() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def pipe() -> SGLPipeline:
-    models = [InternVLForConditionalGeneration.from_pretrained(COPY / f"{name}-native") for name in ("small", "large")]
+    models = [
+        InternVLForConditionalGeneration.from_pretrained(COPY / f"{name}-native")
+        for name in ("small", "large")
+    ]
     return SGLPipeline.from_models(*models, _config())
 
 
@@ -65,6 +68,8 @@ def test_settings_tell_apart() -> None:
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent")
-@pytest.mark.parametrize("path", ["expected.json", "small-native/model.safetensors", "large-native/model.safetensors"])
+@pytest.mark.parametrize(
+    "path", ["expected.json", "small-native/model.safetensors", "large-native/model.safetensors"]
+)
 def test_copy_is_the_original(path: str) -> None:
     assert (COPY / path).read_bytes() == (SHARED / path).read_bytes()

@@ -1,0 +1,218 @@
+"""The pipeline: exits, pruning by the small VLM's mass, matching of the two prompts, batches, results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sgl_runtime
+from sgl_runtime import SGLConfig, SGLPipeline
+from sgl_runtime.errors import ImageError, PromptError
+
+from . import slow
+from .checkpoints import picture
+
+CONFIG = SGLConfig(max_new_tokens=5, prune_layer=2, keep_ratio=0.3)
+
+
+@pytest.fixture
+def bare(small_model: torch.nn.Module, large_model: torch.nn.Module) -> SGLPipeline:
+    return SGLPipeline.from_models(small_model, large_model, CONFIG)
+
+
+@pytest.mark.parametrize("layout", ["tttIttttt", "tItttItIIt"])
+@pytest.mark.parametrize(("prune_layer", "layer"), [(0, 0), (2, 2), (0.4, 2), (0.99, 5)])
+def test_large_answer_is_the_slow_one(
+    bare: SGLPipeline, large_model: torch.nn.Module, layout: str, prune_layer: int | float, layer: int
+) -> None:
+    inputs = slow.make_inputs(layout, seed=1)
+    result = bare.with_config(replace(CONFIG, prune_layer=prune_layer)).generate(inputs, inputs)
+    visual = (inputs["input_ids"][0] == slow.IMAGE_ID).nonzero()[:, 0].tolist()
+    num_keep = int(len(visual) * 0.3)
+    kept = slow.kept_positions(visual, inputs["input_ids"].shape[1], result.mass.tolist(), num_keep)
+    assert result.kept_index.tolist() == kept
+    assert [visual[j] for j in result.kept_visual] == sorted(set(kept) & set(visual))
+    assert result.token_ids == slow.pruned_greedy(large_model, inputs, layer, kept, 5)[0]
+
+
+def test_keep_ratio_one_is_the_unpruned_model(bare: SGLPipeline, large_model: torch.nn.Module) -> None:
+    inputs = slow.make_inputs(seed=2)
+    result = bare.with_config(replace(CONFIG, keep_ratio=1.0)).generate(inputs, inputs)
+    assert result.token_ids == slow.greedy(large_model, inputs, 5)
+    assert result.kept_index.tolist() == list(range(inputs["input_ids"].shape[1]))
+    assert result.kept_visual.tolist() == list(range(slow.PER_TILE))
+
+
+def test_exit(bare: SGLPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = slow.make_inputs(seed=3)
+    free = bare.generate(inputs, inputs)
+    at, above = (
+        bare.with_config(replace(CONFIG, exit_threshold=free.decision_score + extra)) for extra in (0.0, 1e-9)
+    )
+    staying = above.generate(inputs, inputs)
+    assert not staying.exited
+    assert staying.token_ids == free.token_ids
+    assert free.token_ids != free.small_token_ids
+
+    for name in ("encode", "prefill", "decode", "generate"):
+        monkeypatch.setattr(bare.large, name, lambda *_, **__: pytest.fail("the large VLM ran"))
+    leaving = at.generate(inputs, inputs)
+    assert leaving.exited
+    assert leaving.token_ids == leaving.small_token_ids == free.small_token_ids
+    assert leaving.kept_index is None
+    assert leaving.kept_visual is None
+    assert not any(stage.startswith("large") for stage in leaving.timings)
+
+
+def test_exit_allocates_no_memory_for_the_large_model(
+    small_model: torch.nn.Module, large_model: torch.nn.Module
+) -> None:
+    config = replace(CONFIG, exit_threshold=0.0, max_new_tokens=2)
+    pipe = SGLPipeline.from_models(small_model, large_model, config)
+    inputs = slow.make_inputs()
+    calls: list[str] = []
+    hooks = [m.register_forward_hook(lambda *_: calls.append("x")) for m in large_model.modules()]
+    try:
+        assert pipe.generate(inputs, inputs).exited
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert pipe.large.memory.allocated == 0
+    assert not calls
+
+
+def test_exit_by_confidence(bare: SGLPipeline) -> None:
+    inputs = slow.make_inputs(seed=3)
+    both = bare.generate(inputs, inputs)
+    config = replace(CONFIG, exit_score="confidence", exit_threshold=both.confidence)
+    result = bare.with_config(config).generate(inputs, inputs)
+    assert result.exited
+    assert result.consistency is None
+    assert result.decision_score == both.confidence > both.decision_score
+
+
+def test_different_image_tokens(small_model: torch.nn.Module) -> None:
+    large = slow.make_model("llama", seed=5, image_id=9)
+    pipe = SGLPipeline.from_models(small_model, large, CONFIG)
+    small_inputs = slow.make_inputs("ttIttItt", seed=6)
+    large_inputs = slow.make_inputs("tItIttttt", seed=7, image_id=9)
+    result = pipe.generate(small_inputs, large_inputs)
+    visual = (large_inputs["input_ids"][0] == 9).nonzero()[:, 0].tolist()
+    kept = slow.kept_positions(visual, large_inputs["input_ids"].shape[1], result.mass.tolist(), 9)
+    assert result.kept_index.tolist() == kept
+    assert result.token_ids == slow.pruned_greedy(large, large_inputs, 2, kept, 5)[0]
+
+
+def test_counts_must_match(bare: SGLPipeline) -> None:
+    one, two = slow.make_inputs("tIt"), slow.make_inputs("tItIt")
+    with pytest.raises(PromptError, match=r"small VLM has 16 visual tokens and the large VLM 32"):
+        bare.generate(one, two)
+    first, second = slow.make_inputs("tItIIt"), slow.make_inputs("tIItIt")
+    with pytest.raises(PromptError, match=r"\[16, 32\].*\[32, 16\]"):
+        bare.generate(first, second)
+
+
+def test_no_run_starts_when_the_large_prompt_is_bad(
+    bare: SGLPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bare.small, "encode", lambda *_, **__: pytest.fail("the small VLM ran"))
+    good = slow.make_inputs()
+    with pytest.raises(PromptError, match="large VLM's pixel_values"):
+        bare.generate(good, {**good, "pixel_values": None})
+    with pytest.raises(PromptError, match="context holds 256"):
+        bare.with_config(replace(CONFIG, max_new_tokens=250)).generate(good, good)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"draft": False}, {"schedule": "latency"}, {"compile": False}, {"max_batch": 1}], ids=str
+)
+def test_settings_that_change_nothing(bare: SGLPipeline, changes: dict[str, Any]) -> None:
+    inputs = slow.make_inputs(seed=8)
+    first = bare.generate(inputs, inputs).to_dict()
+    second = bare.with_config(replace(CONFIG, **changes)).generate(inputs, inputs).to_dict()
+    assert first.pop("timings").keys() == second.pop("timings").keys()
+    assert first == second
+    assert first["accepted_draft"] == 0
+
+
+def test_batch_is_each_alone(pipe: SGLPipeline) -> None:
+    requests = [
+        (picture(seed=i), prompt) for i, prompt in enumerate(["What?", "A longer question, it is.", "Why?"])
+    ]
+    together = [result.to_dict() for result in pipe.batch(requests)]
+    alone = [pipe(*request).to_dict() for request in requests]
+    for result in together + alone:
+        del result["timings"]
+    assert together == alone
+    assert pipe.batch([]) == []
+    with pytest.raises(ImageError, match="Request 1: There is no image file"):
+        pipe.batch([requests[0], ("missing.png", "What?")])
+
+
+def test_generate_batch(bare: SGLPipeline) -> None:
+    inputs = [slow.make_inputs(seed=seed) for seed in range(2)]
+    results = bare.generate_batch([(one, one) for one in inputs])
+    assert [result.token_ids for result in results] == [bare.generate(one, one).token_ids for one in inputs]
+
+
+def test_from_disk_equals_from_memory(pipe: SGLPipeline) -> None:
+    result = pipe([picture(), picture(seed=1)], "Is <image> like <image>?")
+    inputs = pipe.small_processor([picture(), picture(seed=1)], "Is <image> like <image>?")
+    assert result.token_ids == pipe.generate(inputs, inputs).token_ids
+    large: Any = pipe.large.model
+    assert (
+        result.text
+        == pipe.large_processor.tokenizer.decode(result.token_ids, skip_special_tokens=True).strip()
+    )
+    assert len(result.mass) == 2 * large.tokens_per_tile
+
+
+def test_models_alone_take_no_text(bare: SGLPipeline) -> None:
+    with pytest.raises(PromptError, match="from_pretrained"):
+        bare(picture(), "What?")
+    assert bare.generate(slow.make_inputs(), slow.make_inputs()).text is None
+
+
+def test_result(pipe: SGLPipeline) -> None:
+    result = pipe(picture(), "What?")
+    assert set(result.timings) == {
+        "preprocess",
+        *("small_vision", "small_prefill", "small_decode", "consistency"),
+        *("large_vision", "large_prefill", "large_decode"),
+    }
+    assert all(seconds > 0 for seconds in result.timings.values())
+    record = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert record["token_ids"] == result.token_ids
+    assert record["mass"] == pytest.approx(result.mass.tolist())
+    result.mass.div_(result.mass.max())  # an ordinary tensor of the caller's own
+    assert json.loads(json.dumps(pipe(picture(), "What?").to_dict()))["mass"] == record["mass"]
+
+
+def test_a_large_run_leaves_the_small_mass_alone(small_model: torch.nn.Module) -> None:
+    pipe = SGLPipeline.from_models(small_model, small_model, CONFIG)
+    inputs = slow.make_inputs(seed=9)
+    first = pipe.generate(inputs, inputs)
+    assert torch.equal(first.mass, pipe.generate(inputs, inputs).mass)
+
+
+def test_import_is_cheap() -> None:
+    heavy = "{'torch', 'transformers', 'PIL', 'numpy'}"
+    code = f"import sys, sgl_runtime; print(sorted({heavy} & sys.modules.keys()))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+    assert set(sgl_runtime.__all__) <= set(dir(sgl_runtime))
+    for name in sgl_runtime.__all__:
+        assert getattr(sgl_runtime, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'SGLNothing'"):
+        sgl_runtime.SGLNothing  # noqa: B018
+
+
+def test_typing_marker_ships() -> None:
+    assert (Path(sgl_runtime.__file__).parent / "py.typed").is_file()

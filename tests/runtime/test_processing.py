@@ -1,0 +1,226 @@
+"""Prompts and tiles against transformers' InternVLProcessor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.internvl.processing_internvl import InternVLProcessor
+
+from sgl_runtime import hf
+from sgl_runtime.errors import CheckpointError, PromptError
+from sgl_runtime.processing import Processor
+
+from .checkpoints import (
+    IMAGE_SETTINGS,
+    STRING_TEMPLATE,
+    TEMPLATE,
+    make_tokenizer,
+    picture,
+    save_checkpoint,
+)
+from .slow import make_model
+
+PIXELS = {name: value for name, value in IMAGE_SETTINGS.items() if name != "image_processor_type"}
+
+
+class _WithoutVideo(InternVLProcessor):
+    """InternVLProcessor insists on a video processor, which needs torchvision."""
+
+    def check_argument_for_proper_class(self, *_: Any, **__: Any) -> None: ...
+
+
+def _theirs(content: list[dict[str, Any]], template: str = TEMPLATE) -> dict[str, torch.Tensor]:
+    processor = _WithoutVideo(
+        image_processor=GotOcr2ImageProcessorPil(**PIXELS),
+        tokenizer=make_tokenizer(template),
+        video_processor=None,
+        image_seq_length=16,
+        chat_template=template,
+    )
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def _ours(template: str | None = TEMPLATE, **settings: Any) -> Processor:
+    return Processor(make_tokenizer(template), {**PIXELS, "crop_to_patches": True, **settings}, 16)
+
+
+def _image(**size: int) -> dict[str, Any]:
+    return {"type": "image", "image": picture(**size)}
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+WIDE, TALL, TINY = {"width": 130, "height": 60}, {"width": 50, "height": 200}, {"width": 20, "height": 20}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "prompt", "content"),
+    [
+        ([WIDE], "What is it?", [_image(**WIDE), _text("What is it?")]),
+        ([TINY], " padded\n", [_image(**TINY), _text(" padded\n")]),
+        ([WIDE, TALL, TINY], "Compare.", [_image(**WIDE), _image(**TALL), _image(**TINY), _text("Compare.")]),
+        (
+            [WIDE, TINY],
+            "Is <image> in <image>?",
+            [_text("Is "), _image(**WIDE), _text(" in "), _image(**TINY), _text("?")],
+        ),
+        ([TALL], "<image>Why </img> and ünïcode", [_image(**TALL), _text("Why </img> and ünïcode")]),
+    ],
+)
+def test_tokens_and_tiles_are_those_of_internvl(
+    sizes: list[dict[str, int]], prompt: str, content: list[dict[str, Any]]
+) -> None:
+    ours, theirs = _ours()([picture(**size) for size in sizes], prompt), _theirs(content)
+    assert torch.equal(ours["input_ids"], theirs["input_ids"])
+    assert torch.equal(ours["pixel_values"], theirs["pixel_values"].float())
+    assert ours["pixel_values"].dtype == torch.float32
+
+
+def test_a_template_that_starts_with_bos_gets_no_second_one() -> None:
+    template = "<|endoftext|>" + TEMPLATE
+    ours = _ours(template)
+    ours.tokenizer.bos_token = "<|endoftext|>"
+    theirs = _theirs([_image(**TINY), _text("x")], template)
+    assert torch.equal(ours(picture(**TINY), "x")["input_ids"], theirs["input_ids"])
+
+
+def test_one_tile_without_cropping() -> None:
+    inputs = _ours(crop_to_patches=False)(picture(**WIDE), "x")
+    assert inputs["pixel_values"].shape == (1, 3, 56, 56)
+    mean, std = (torch.tensor(IMAGE_SETTINGS[name])[:, None, None] for name in ("image_mean", "image_std"))
+    back = inputs["pixel_values"][0] * std + mean
+    resized = picture(**WIDE).resize((56, 56), resample=3)
+    expected = torch.tensor(list(resized.getdata())).reshape(56, 56, 3).permute(2, 0, 1) / 255
+    torch.testing.assert_close(back, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("template", [None, STRING_TEMPLATE])
+def test_templates_of_other_kinds(template: str | None) -> None:
+    processor = _ours(template)
+    ids = processor([picture(**TINY), picture(**TINY)], "a<image>b<image>c")["input_ids"][0]
+    span = "<img>" + "<IMG_CONTEXT>" * 16 + "</img>\n"
+    inner = f"a{span}b{span}c"
+    expected = inner if template is None else f"Q: {inner} A:"
+    assert processor.tokenizer.decode(ids) == expected
+
+
+@pytest.mark.parametrize("size", [WIDE, TALL, TINY, {"width": 112, "height": 112}])
+def test_tiling_describes_the_tiles(size: dict[str, int]) -> None:
+    processor = _ours()
+    columns, rows, thumbnail = processor.tiling(picture(**size))
+    tiles = processor(picture(**size), "x")["pixel_values"]
+    assert tiles.shape[0] == columns * rows + thumbnail
+    if thumbnail:
+        assert (columns, rows) == ((1, 4) if size is TALL else (2, 1) if size is WIDE else (2, 2))
+    assert _ours(crop_to_patches=False).tiling(picture(**size)) == (1, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("images", "prompt", "message"),
+    [
+        ([], "What?", "at least one image"),
+        ([picture()], "", "asks something"),
+        ([picture()], " \n", "asks something"),
+        ([picture()], "<image>", "asks something"),
+        ([picture()], None, "asks something"),
+        ([picture()], "a <image> b <image>", "2 places.*1 images"),
+        ([picture()], "a <IMG_CONTEXT>", "reserved"),
+    ],
+)
+def test_bad_prompts(images: list[Any], prompt: Any, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        _ours()(images, prompt)
+
+
+@pytest.mark.parametrize("template", ["no content at all", "{{ raise_exception('never') }}"])
+def test_a_template_without_images_is_refused(template: str) -> None:
+    with pytest.raises(PromptError, match="chat template"):
+        _ours(template)(picture(), "x")
+
+
+def test_decode() -> None:
+    processor = _ours()
+    ids = processor.tokenizer(" red<|im_end|>")["input_ids"]
+    assert processor.decode(ids) == "red"
+
+
+def _load(directory: Path) -> Processor:
+    return Processor.from_directory(directory, hf.view(make_model(vocab=270, image_id=5)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "files", "crops"),
+    [
+        ({}, {}, False),
+        ({"crop_to_patches": True}, {}, True),
+        ({"processor_class": "InternVLProcessor"}, {}, True),
+        (
+            {},
+            {"processor_config.json": {"processor_class": "InternVLProcessor", "image_seq_length": 16}},
+            True,
+        ),
+    ],
+)
+def test_who_decides_on_tiles(
+    tmp_path: Path, settings: dict[str, Any], files: dict[str, Any], crops: bool
+) -> None:
+    directory = save_checkpoint(tmp_path / "m", settings=settings)
+    for name, value in files.items():
+        (directory / name).write_text(json.dumps(value))
+    assert _load(directory).image_processor.crop_to_patches is crops
+
+
+def test_settings_inside_processor_config(tmp_path: Path) -> None:
+    directory = save_checkpoint(tmp_path / "m")
+    (directory / "preprocessor_config.json").unlink()
+    (directory / "processor_config.json").write_text(json.dumps({"image_processor": IMAGE_SETTINGS}))
+    assert _load(directory).image_processor.max_patches == 4
+
+
+def test_template_of_older_checkpoints(tmp_path: Path) -> None:
+    directory = save_checkpoint(tmp_path / "m", template=None)
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": STRING_TEMPLATE}))
+    processor = _load(directory)
+    assert processor.tokenizer.decode(processor(picture(), "x")["input_ids"][0]).endswith("</img>\nx A:")
+
+
+def test_damaged_directories(tmp_path: Path) -> None:
+    for name, damage, message in (
+        ("none", lambda d: (d / "preprocessor_config.json").unlink(), "no preprocessor_config"),
+        ("json", lambda d: (d / "preprocessor_config.json").write_text("{"), "read as JSON"),
+        (
+            "mean",
+            lambda d: (d / "preprocessor_config.json").write_text('{"size": 3}'),
+            "image_mean, image_std",
+        ),
+        ("size", lambda d: _resize(d), "28 x 28.*56 x 56"),
+        ("tokens", lambda d: [f.unlink() for f in d.glob("tokenizer*")], "no tokenizer"),
+    ):
+        directory = save_checkpoint(tmp_path / name)
+        damage(directory)
+        with pytest.raises(CheckpointError, match=message):
+            _load(directory)
+
+
+def test_tokenizer_of_another_model(tmp_path: Path) -> None:
+    directory = save_checkpoint(tmp_path / "m")
+    with pytest.raises(CheckpointError, match=r"the id 5, the model expects 8"):
+        Processor.from_directory(directory, hf.view(make_model(vocab=270, image_id=8)))
+
+
+def _resize(directory: Path) -> None:
+    settings = {**IMAGE_SETTINGS, "size": {"height": 28, "width": 28}}
+    (directory / "preprocessor_config.json").write_text(json.dumps(settings))
