@@ -21,5 +21,8 @@ class Sample(TypedDict):
 
 def samples() -> list[Sample]:
     """Return the bundled samples; ``image`` is a path."""
-    listed = json.loads((_HERE / "samples" / "samples.json").read_text(encoding="utf-8"))
-    return [{**sample, "image": str(_HERE / "samples" / sample["image"])} for sample in listed]
+    folder = _HERE / "samples"
+    listed: list[Sample] = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+    for sample in listed:
+        sample["image"] = str(folder / sample["image"])
+    return listed

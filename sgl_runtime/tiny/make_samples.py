@@ -1,6 +1,6 @@
 """Write the bundled sample pictures, from scenes that are neither trained nor tested on.
 
-    python -m sgl_runtime.tiny.make_samples
+python -m sgl_runtime.tiny.make_samples
 """
 
 from __future__ import annotations

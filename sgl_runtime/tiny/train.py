@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,6 +25,7 @@ import typer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import InternVLForConditionalGeneration
 
 from . import recipe
 from .scenes import COLORS, DIGITS, LETTERS, SHAPES, SIZE, Scene, ask, make_scene
@@ -92,10 +93,11 @@ class VisionTask(nn.Module):
 class LanguageTask(nn.Module):
     """Answers SLOTS questions about each image in one packed row; each question sees the image and itself."""
 
+    model: InternVLForConditionalGeneration
     mask: Tensor
     positions: Tensor
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: InternVLForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
         self.prefix = [recipe.START, _words()("user").input_ids[0], recipe.IMAGE_START]
@@ -201,7 +203,7 @@ def fit(task: nn.Module, path: Path, *, steps: int, lr: float, scenes: Callable[
 
 
 def _save(
-    task: nn.Module, optimizer: torch.optim.Optimizer, named: dict[str, Tensor], path: Path, step: int
+    task: nn.Module, optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], path: Path, step: int
 ) -> None:
     state = {f"model.{k}": v.detach().contiguous() for k, v in task.state_dict().items()}
     for name, parameter in named.items():
@@ -213,7 +215,9 @@ def _save(
     os.replace(partial, path)
 
 
-def _restore(task: nn.Module, optimizer: torch.optim.Optimizer, named: dict[str, Tensor], path: Path) -> int:
+def _restore(
+    task: nn.Module, optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], path: Path
+) -> int:
     if not path.exists():
         return 0
     state = load_file(path)
@@ -273,12 +277,12 @@ def main(
     export(model, out / size)
 
 
-def export(model: nn.Module, path: Path) -> None:
+def export(model: InternVLForConditionalGeneration, path: Path) -> None:
     """Write a Hugging Face checkpoint in fp16 with its tokenizer and image processor beside it."""
     model.generation_config.eos_token_id = recipe.END
     model.generation_config.pad_token_id = recipe.PAD
     model.generation_config.bos_token_id = None
-    model.to(torch.float16).save_pretrained(path)
+    model.half().save_pretrained(path)
     recipe.save_processing(path)
 
 
