@@ -112,7 +112,7 @@ def build_command():  # type: ignore[no-untyped-def]
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildKernels(BuildExtension):  # type: ignore[misc]
-        """Compiles the CPU kernels once per vector width; a failed build leaves a package that works without."""
+        """Compiles the CPU kernels once per vector width; a failed build leaves the reference."""
 
         def build_extensions(self) -> None:
             try:

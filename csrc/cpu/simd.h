@@ -87,8 +87,29 @@ SGL_INLINE void store_upto(float* p, V v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 }
 
-// A NaN operand is dropped: NaN never becomes a maximum, it survives in the sum of exponentials.
-SGL_INLINE V max_number(V best, V x) { return x > best ? x : best; }
+// a > b ? a : b and a < b ? a : b: with a NaN on either side the result is b, as the instructions have it.
+SGL_INLINE V greater(V a, V b) {
+#if defined(__AVX512F__)
+  return (V)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (V)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+SGL_INLINE V lesser(V a, V b) {
+#if defined(__AVX512F__)
+  return (V)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (V)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// NaN never becomes a maximum; it survives in the sum of exponentials.
+SGL_INLINE V max_number(V best, V x) { return greater(x, best); }
 
 SGL_INLINE float largest(V v) {
   float best = -kInf;
@@ -124,24 +145,31 @@ SGL_INLINE float sum(V v) {
   return s[0];
 }
 
-// e^x within 1 ulp or so: 0 below -86, inf above 88, NaN kept.
+// e^x within 2 ulp: 0 for very small x, inf for very large, NaN kept.
 SGL_INLINE V exp(V x) {
-  V t = x < splat(-86.f) ? splat(-86.f) : x;
-  t = t > splat(88.f) ? splat(88.f) : t;
+  V t = lesser(splat(128.f), greater(splat(-104.f), x));
   V shifted = t * 1.44269504088896341f + 12582912.f;  // the integer part lands in the low bits
   V n = shifted - 12582912.f;
+#if defined(__FMA__) || defined(__aarch64__)
+  V r = t - n * 0.69314718056f;
+#else
   V r = t - n * 0.693359375f + n * 2.12194440e-4f;
-  V p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.f;
+#endif
+  V p = splat(1.3814320554956794e-3f);
+  p = p * r + 8.36885068565607e-3f;
+  p = p * r + 0.041668400168418884f;
+  p = p * r + 0.1666651964187622f;
+  p = p * r + 0.4999999403953552f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+#if defined(__AVX512F__)
+  return (V)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+#else
   V y = (V)((VI)p + ((VI)shifted << 23));
   y = x < splat(-86.f) ? V{} : y;
   y = x > splat(88.f) ? splat(kInf) : y;
   return x == x ? y : x;
+#endif
 }
 
 SGL_INLINE float exp(float x) { return exp(splat(x))[0]; }
