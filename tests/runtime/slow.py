@@ -163,7 +163,7 @@ def pruned_logits(model: Any, inputs: Inputs, answer: list[int], layer: int, kep
 def pruned_greedy(
     model: Any, inputs: Inputs, layer: int, kept: list[int], max_new_tokens: int
 ) -> tuple[list[int], list[float]]:
-    """Greedy answer and log-probabilities of a model pruned on entry to `layer`, recomputed for each token."""
+    """Greedy answer and log-probabilities of a model pruned on entry to `layer`; no cache."""
     answer: list[int] = []
     logprobs: list[float] = []
     while len(answer) < max_new_tokens and EOS not in answer:
