@@ -1,0 +1,113 @@
+"""Which implementation is active, and what is said about it. Each case needs a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sgl_kernels
+from sgl_kernels import backend, collect_env
+
+ROOT = Path(sgl_kernels.__file__).parent.parent
+
+WORKS = """
+import torch, sgl_kernels
+token, logprob = sgl_kernels.greedy_token(torch.tensor([[0.0, 2.0, 1.0]]))
+assert token.tolist() == [1], token
+q, k = torch.randn(1, 4, 8), torch.randn(1, 2, 9, 8)
+sgl_kernels.decode_attention(q, k, k, torch.tensor([9], dtype=torch.int32))
+print(sgl_kernels.collect_env()["backends"]["decode_attention"])
+"""
+
+BROKEN = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name == "sgl_kernels._C":
+            raise ImportError("undefined symbol: made_up_for_the_test")
+
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def python(code, **environment):
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("SGL_KERNELS_")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_forced_reference_says_so_once():
+    result = python(WORKS, SGL_KERNELS_BACKEND="reference")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "reference"
+    lines = [line for line in result.stderr.splitlines() if "SLOW PATH" in line]
+    assert len(lines) == 1
+    assert "SGL_KERNELS_BACKEND=reference" in lines[0]
+
+
+def test_broken_extension_falls_back_and_keeps_the_reason():
+    code = BROKEN + WORKS + "print(sgl_kernels.collect_env()['load_errors'])"
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("reference\n")
+    assert "made_up_for_the_test" in result.stdout
+    assert result.stderr.count("SLOW PATH") == 1
+    assert "made_up_for_the_test" in result.stderr
+
+
+def test_required_backend_that_does_not_load_is_an_error():
+    result = python(BROKEN + "import sgl_kernels", SGL_KERNELS_BACKEND="cpu")
+    assert result.returncode != 0
+    assert "SGL_KERNELS_BACKEND=cpu" in result.stderr
+    assert "made_up_for_the_test" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("fast", "expected one of reference, cpu, cuda, triton"), ("triton", "no Triton kernels")],
+)
+def test_unusable_backend_names(value, message):
+    result = python("import sgl_kernels", SGL_KERNELS_BACKEND=value)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+def test_vector_width_from_the_environment(compiled):
+    show = "import sgl_kernels; print(sgl_kernels.collect_env()['isa'])"
+    result = python(show, SGL_KERNELS_ISA="baseline")
+    assert result.stdout.strip() == "baseline"
+    assert result.stderr == ""
+    result = python(show, SGL_KERNELS_ISA="avx1024")
+    assert result.stdout.strip() == "None"
+    assert "'avx1024', expected one of: baseline" in result.stderr
+
+
+def test_collect_env(compiled):
+    env = collect_env()
+    assert env["torch"] == torch.__version__
+    assert set(env["backends"]) == {
+        "decode_attention",
+        "prefill_mass",
+        "select_tokens",
+        "prune_gather",
+        "greedy_token",
+        "token_logprobs",
+    }
+    assert all("cpu" in active for active in env["backends"].values())
+    assert env["isa"] in env["extensions"]["_C"]["isas"]
+    assert env["extensions"]["_C"]["compiler"]
+    assert "_C" not in env["load_errors"]
+
+
+def test_set_isa_quotes_the_choices(compiled):
+    with pytest.raises(ValueError, match=r"'mmx', expected one of: baseline"):
+        backend.extension("_C").set_isa("mmx")

@@ -1,0 +1,272 @@
+"""What torch expects of an op, and what a person expects of an error."""
+
+import pytest
+import torch
+from kernel_helpers import decode_inputs, int32, normal
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import sgl_kernels
+from sgl_kernels import (
+    decode_attention,
+    greedy_token,
+    prefill_mass,
+    prune_gather,
+    select_tokens,
+    token_logprobs,
+)
+
+ops = torch.ops.sgl_vlm
+
+
+def raw_calls():
+    """Arguments of the underlying ops, destinations included."""
+    q, k, v = decode_inputs(2, 4, 2, 16, 40)
+    lens, visual = int32([40, 33]), torch.arange(20).int().repeat(2, 1)
+    mass, head_mass = torch.rand(2, 20), torch.rand(2, 4, 20)
+    long_q, rows = normal(2, 4, 40, 16, seed=4), int32([[38, 39, -1], [5, 30, 30]])
+    hidden, ids = normal(2, 40, 8), torch.arange(80).reshape(2, 40)
+    index, kept, lse = torch.empty(2, 30).int(), torch.empty(2).int(), torch.rand(2, 4, 40)
+    logits = normal(3, 50)
+    gathered = [torch.empty(2, 30, 8), torch.empty(2, 30, dtype=torch.int64)]
+    return [
+        (ops.decode_attention, (q, k, v, lens, visual, mass, head_mass, 0.25, torch.empty_like(q))),
+        (ops.decode_attention, (q, k, v, lens, None, None, None, 0.25, torch.empty_like(q))),
+        (ops.prefill_mass, (long_q, k, rows, visual, mass, head_mass, None, 0.25)),
+        (ops.prefill_mass, (long_q, k, rows, visual, mass, None, lse, 0.25)),
+        (ops.select_tokens, (mass, visual, lens, 7, None, index, kept)),
+        (ops.select_tokens, (mass, visual, lens, 0, int32([3, 20]), index, kept)),
+        (
+            ops.prune_gather,
+            (
+                hidden,
+                mass,
+                visual,
+                lens,
+                7,
+                None,
+                [hidden, ids],
+                gathered[0],
+                index,
+                kept,
+                list(map(torch.clone, gathered)),
+            ),
+        ),
+        (ops.greedy_token, (logits, torch.empty(3, dtype=torch.int64), torch.empty(3))),
+        (ops.token_logprobs, (logits, torch.tensor([1, -1, 49]), torch.empty(3))),
+    ]
+
+
+@pytest.mark.parametrize("number", range(9))
+def test_opcheck(number):
+    op, arguments = raw_calls()[number]
+    torch.library.opcheck(op.default, arguments)
+
+
+def public_calls():
+    """name -> (function of tensors that returns everything written, two sets of values of one shape)."""
+
+    def decode(q, k, v, lens, visual, mass):
+        mass = mass.clone()
+        return decode_attention(q, k, v, lens, visual_index=visual, mass=mass), mass
+
+    def prefill(q, k, rows, visual, mass):
+        mass = mass.clone()
+        prefill_mass(q, k, rows, visual, mass)
+        return mass
+
+    def select(mass, visual, lens):
+        return select_tokens(mass, visual, lens, 7, out_len=40)
+
+    def prune(hidden, mass, visual, lens, keep):
+        return prune_gather(hidden, mass, visual, lens, keep, extras=(hidden[..., :3],), out_len=33)
+
+    def values(seed):
+        lens = int32([40 - seed, 21 + seed])
+        visual = (torch.arange(20) + seed).int().repeat(2, 1)
+        mass = torch.rand(2, 20, generator=torch.Generator().manual_seed(seed))
+        q, k, v = (t + seed for t in decode_inputs(2, 4, 2, 16, 40))
+        long_q, rows = normal(2, 4, 40, 16, seed=seed), int32([[38 - seed, 39], [-1, 30]])
+        logits = normal(3, 50, seed=seed)
+        return {
+            "decode_attention": (decode, (q, k, v, lens, visual, mass)),
+            "prefill_mass": (prefill, (long_q, k, rows, visual, mass)),
+            "select_tokens": (select, (mass, visual, lens)),
+            "prune_gather": (prune, (normal(2, 40, 8, seed=seed), mass, visual, lens, int32([seed + 1, 9]))),
+            "greedy_token": (greedy_token, (logits,)),
+            "token_logprobs": (token_logprobs, (logits, torch.tensor([seed, -1, 49]))),
+        }
+
+    first, second, third = values(0), values(1), values(2)
+    return {name: (f, [x, second[name][1], third[name][1]]) for name, (f, x) in first.items()}
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", sorted(public_calls()))
+def test_compile_has_one_graph(name, backend):
+    function, sets = public_calls()[name]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    with torch.inference_mode():
+        for arguments in sets:
+            torch.testing.assert_close(compiled(*arguments), function(*arguments), equal_nan=True)
+    assert counter.frame_count == 1
+
+
+def test_select_without_width_cannot_be_compiled():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda m, v, s: select_tokens(m, v, s, 2), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"out_len is None under torch\.compile"):
+        compiled(torch.rand(1, 4), torch.arange(4).int()[None], int32([6]))
+
+
+def test_inputs_are_not_written():
+    q, k, v = decode_inputs(2, 4, 2, 16, 40)
+    before = [t.clone() for t in (q, k, v)]
+    decode_attention(q, k, v, int32([40, 12]))
+    assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
+
+
+def bad_calls():
+    q, k, v = decode_inputs(2, 4, 2, 16, 40)
+    lens, visual, mass = int32([40, 33]), torch.arange(20).int().repeat(2, 1), torch.zeros(2, 20)
+    long_q, rows, hidden = normal(2, 4, 40, 16), int32([[1], [2]]), normal(2, 40, 8)
+    logits = normal(3, 50)
+    given = {"visual_index": visual, "mass": mass}
+    decode = decode_attention
+    return [
+        (
+            ValueError,
+            r"q has shape \(2, 1, 4, 16\), expected \(batch, query",
+            decode,
+            (q[:, None], k, v, lens),
+            {},
+        ),
+        (
+            ValueError,
+            r"k_cache has shape \(1, 2, 40, 16\), expected \(batch 2",
+            decode,
+            (q, k[:1], v, lens),
+            {},
+        ),
+        (ValueError, r"v_cache has shape .*39.*, expected .*40", decode, (q, k, v[:, :, :39], lens), {}),
+        (ValueError, r"3 query heads over 2 KV heads", decode, (q[:, :3], k, v, lens), {}),
+        (ValueError, r"seq_lens has shape \(1,\), expected \(batch 2,\)", decode, (q, k, v, lens[:1]), {}),
+        (TypeError, r"seq_lens is torch.int64, expected int32", decode, (q, k, v, lens.long()), {}),
+        (TypeError, r"q is torch.float64, expected float32", decode, (q.double(), k, v, lens), {}),
+        (
+            TypeError,
+            r"k_cache is torch.float16 .* expected torch.float32",
+            decode,
+            (q, k.half(), v, lens),
+            {},
+        ),
+        (ValueError, r"k_cache has strides .*contiguous", decode, (q, normal(2, 2, 16, 40).mT, v, lens), {}),
+        (ValueError, r"without visual_index", decode, (q, k, v, lens), {"mass": mass}),
+        (
+            ValueError,
+            r"mass has shape \(2, 19\), expected .*20",
+            decode,
+            (q, k, v, lens),
+            {**given, "mass": mass[:, :19]},
+        ),
+        (
+            TypeError,
+            r"mass is torch.float16, expected float32",
+            decode,
+            (q, k, v, lens),
+            {**given, "mass": mass.half()},
+        ),
+        (
+            ValueError,
+            r"head_mass has shape \(2, 20\), expected .*query heads 4",
+            decode,
+            (q, k, v, lens),
+            {**given, "head_mass": mass},
+        ),
+        (ValueError, r"tensors on cpu and meta", decode, (q, k, v, lens.to("meta")), {}),
+        (
+            ValueError,
+            r"head dim is 2048, expected 1 to 1024",
+            decode,
+            (normal(1, 1, 2048), *(normal(1, 1, 4, 2048),) * 2, lens[:1]),
+            {},
+        ),
+        (
+            ValueError,
+            r"k has shape .*39.*positions 40",
+            prefill_mass,
+            (long_q, k[:, :, :39], rows, visual, mass),
+            {},
+        ),
+        (TypeError, r"query_index is torch.int64", prefill_mass, (long_q, k, rows.long(), visual, mass), {}),
+        (
+            ValueError,
+            r"softmax_lse has shape \(2, 40\)",
+            prefill_mass,
+            (long_q, k, rows, visual, mass),
+            {"softmax_lse": torch.zeros(2, 40)},
+        ),
+        (ValueError, r"visual_index has shape \(2, 19\)", select_tokens, (mass, visual[:, :19], lens, 3), {}),
+        (TypeError, r"mass is torch.float64", select_tokens, (mass.double(), visual, lens, 3), {}),
+        (
+            TypeError,
+            r"num_keep is 0.2, expected an int; use max",
+            select_tokens,
+            (mass, visual, lens, 0.2),
+            {},
+        ),
+        (ValueError, r"num_keep is -1, expected 0 or more", select_tokens, (mass, visual, lens, -1), {}),
+        (TypeError, r"num_keep is torch.int64", select_tokens, (mass, visual, lens, lens.long()), {}),
+        (ValueError, r"out_len is -2", select_tokens, (mass, visual, lens, 3), {"out_len": -2}),
+        (ValueError, r"hidden has shape \(40, 8\)", prune_gather, (hidden[0], mass, visual, lens, 3), {}),
+        (
+            ValueError,
+            r"mass has shape \(1, 20\).*hidden",
+            prune_gather,
+            (hidden, mass[:1], visual[:1], lens[:1], 3),
+            {},
+        ),
+        (
+            ValueError,
+            r"extras\[0\] has shape \(3, 2, 40\)",
+            prune_gather,
+            (hidden, mass, visual, lens, 3),
+            {"extras": [torch.zeros(3, 2, 40)]},
+        ),
+        (ValueError, r"at least one token", greedy_token, (torch.zeros(3, 0),), {}),
+        (TypeError, r"logits is torch.int64", greedy_token, (torch.zeros(3, 5).long(),), {}),
+        (
+            ValueError,
+            r"targets has shape \(2,\), expected \(3,\)",
+            token_logprobs,
+            (logits, torch.zeros(2).long()),
+            {},
+        ),
+        (TypeError, r"targets is torch.float32", token_logprobs, (logits, torch.zeros(3)), {}),
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(bad_calls())))
+def test_errors_quote_what_came_and_what_was_expected(number):
+    error, message, function, arguments, options = bad_calls()[number]
+    with pytest.raises(error, match=message) as caught:
+        function(*arguments, **options)
+    assert str(caught.value).startswith(function.__name__ + ": ")
+
+
+def test_direct_calls_with_wrong_shapes_are_refused(compiled):
+    """torch.ops.sgl_vlm is not the public API, but it must not read outside a tensor either."""
+    for op, arguments in raw_calls():
+        for position, argument in enumerate(arguments):
+            if isinstance(argument, torch.Tensor) and argument.dim() and argument.shape[0] > 1:
+                broken = list(arguments)
+                broken[position] = argument[:1].clone()
+                with pytest.raises(RuntimeError):
+                    op.default(*broken)
+
+
+def test_documented_example():
+    import doctest
+
+    assert doctest.testmod(sgl_kernels).failed == 0
