@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from .slow import make_model
@@ -34,16 +34,20 @@ IMAGE_SETTINGS: dict[str, Any] = {
 }
 
 
-def make_tokenizer(template: str | None = TEMPLATE, specials: list[str] = SPECIAL) -> PreTrainedTokenizerFast:
+def make_tokenizer(template: str | None = TEMPLATE, *, adds_bos: bool = False) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({token: i for i, token in enumerate([*specials, *alphabet])}, []))
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate([*SPECIAL, *alphabet])}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
+    if adds_bos:
+        bos = SPECIAL[0]
+        core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
+        bos_token=SPECIAL[0] if adds_bos else None,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=specials[1:],
+        additional_special_tokens=SPECIAL[1:],
         extra_special_tokens={
             "start_image_token": "<img>",
             "end_image_token": "</img>",

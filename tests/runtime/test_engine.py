@@ -312,3 +312,23 @@ def test_no_room(vlm: tuple[Any, VLM]) -> None:
     assert engine.generate(request, 256 - 18).token_ids
     with pytest.raises(PromptError, match="context holds 256"):
         engine.generate(request, 256 - 17)
+
+
+def test_steps_are_one_graph(vlm: tuple[Any, VLM]) -> None:
+    """Nothing in a step reads a value back or branches on one, so it can be compiled and captured whole."""
+    _, engine = vlm
+    request = _request(engine, slow.make_inputs(seed=20))
+    prune = Prune(1, torch.rand(1, slow.PER_TILE, generator=torch.Generator().manual_seed(0)), 4)
+    token = torch.tensor([11])
+
+    def run(prefill: Any, decode: Any) -> list[torch.Tensor]:
+        cache = engine.memory.cache(request.prompt.length, 3, prune_layer=1, num_dropped=12)
+        logits, kept = prefill(request, cache, prune=prune)
+        return [logits, kept, *(decode(token, cache) for _ in range(3))]
+
+    engine.generate(request, 4)  # the rotary table grows outside of steps
+    torch.compiler.reset()
+    prefill = torch.compile(engine.prefill, fullgraph=True, backend="eager")
+    decode = torch.compile(engine.decode, fullgraph=True, backend="eager")
+    for one, other in zip(run(prefill, decode), run(engine.prefill, engine.decode), strict=True):
+        torch.testing.assert_close(one, other)

@@ -82,6 +82,7 @@ def test_untied_checkpoint_under_a_config_that_ties(directory: Path, tie: bool |
     saved = load_file(directory / "model.safetensors")
     assert torch.equal(model.lm_head.weight, saved[HEAD])
     assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
+    assert model.config.tie_word_embeddings is False  # later ties (a save, a resize) must not undo it
 
 
 def test_tied_checkpoint(directory: Path) -> None:

@@ -126,8 +126,11 @@ def test_no_run_starts_when_the_large_prompt_is_bad(
     good = slow.make_inputs()
     with pytest.raises(PromptError, match="large VLM's pixel_values"):
         bare.generate(good, {**good, "pixel_values": None})
-    with pytest.raises(PromptError, match="context holds 256"):
-        bare.with_config(replace(CONFIG, max_new_tokens=250)).generate(good, good)
+    for vlm in (bare.small, bare.large):
+        with monkeypatch.context() as patch:
+            patch.setattr(vlm, "model", replace(vlm.model, context=20))
+            with pytest.raises(PromptError, match=f"{vlm.name} VLM's context holds 20"):
+                bare.generate(good, good)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from sgl_runtime.processing import Processor
 
 from .checkpoints import (
     IMAGE_SETTINGS,
+    SPECIAL,
     STRING_TEMPLATE,
     TEMPLATE,
     make_tokenizer,
@@ -35,10 +36,12 @@ class _WithoutVideo(InternVLProcessor):
     def check_argument_for_proper_class(self, *_: Any, **__: Any) -> None: ...
 
 
-def _theirs(content: list[dict[str, Any]], template: str = TEMPLATE) -> dict[str, torch.Tensor]:
+def _theirs(
+    content: list[dict[str, Any]], template: str = TEMPLATE, **tokens: bool
+) -> dict[str, torch.Tensor]:
     processor = _WithoutVideo(
         image_processor=GotOcr2ImageProcessorPil(**PIXELS),
-        tokenizer=make_tokenizer(template),
+        tokenizer=make_tokenizer(template, **tokens),
         video_processor=None,
         image_seq_length=16,
         chat_template=template,
@@ -90,12 +93,14 @@ def test_tokens_and_tiles_are_those_of_internvl(
     assert ours["pixel_values"].dtype == torch.float32
 
 
-def test_a_template_that_starts_with_bos_gets_no_second_one() -> None:
-    template = "<|endoftext|>" + TEMPLATE
+@pytest.mark.parametrize("template", [TEMPLATE, SPECIAL[0] + TEMPLATE])
+def test_exactly_one_bos(template: str) -> None:
     ours = _ours(template)
-    ours.tokenizer.bos_token = "<|endoftext|>"
-    theirs = _theirs([_image(**TINY), _text("x")], template)
-    assert torch.equal(ours(picture(**TINY), "x")["input_ids"], theirs["input_ids"])
+    ours.tokenizer = make_tokenizer(template, adds_bos=True)
+    ids = ours(picture(**TINY), "x")["input_ids"]
+    theirs = _theirs([_image(**TINY), _text("x")], template, adds_bos=True)
+    assert torch.equal(ids, theirs["input_ids"])
+    assert (ids == 0).sum() == 1
 
 
 def test_one_tile_without_cropping() -> None:
