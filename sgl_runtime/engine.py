@@ -29,7 +29,7 @@ from sgl_runtime.clock import Clock
 from sgl_runtime.errors import NumericalError, PromptError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompt:
     """The inputs of one request, checked, on the device.
 
@@ -57,7 +57,7 @@ class Prompt:
         return self.visual_index.shape[1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """An encoded prompt, reusable across runs: `hidden` (1, S, C), text embeddings and image features."""
 
@@ -65,7 +65,7 @@ class Request:
     hidden: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prune:
     """On entry to decoder layer `layer`, keep the `num_keep` visual tokens with the largest `ranking`.
 
@@ -77,7 +77,7 @@ class Prune:
     num_keep: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answer:
     """A greedy answer: ids (end of sequence included), their log-probabilities, `kept_index` of `prefill`."""
 
@@ -168,10 +168,9 @@ class VLM:
         return Request(prompt, hidden)
 
     def mass_buffer(self, request: Request, *, per_layer: bool = False) -> Tensor:
-        """Return zeros (layers, 1, N) fp32 to accumulate mass in; unless ``per_layer``, all layers share
-        memory.
+        """Return zeros (layers, 1, N) fp32 to accumulate mass in.
 
-        Read the shared one as ``buffer[0]`` (1, N), the sum over layers.
+        Unless ``per_layer``, all layers share memory: ``buffer[0]`` (1, N) is then the sum over layers.
         """
         layers = self.num_layers if per_layer else 1
         mass = torch.zeros(layers, 1, request.prompt.num_visual, device=self.model.device)

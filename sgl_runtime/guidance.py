@@ -15,7 +15,7 @@ from sgl_runtime.engine import VLM, Answer, Prune, Request
 from sgl_runtime.errors import NumericalError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Guidance:
     """What the small VLM has to say.
 

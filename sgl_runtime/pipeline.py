@@ -22,7 +22,7 @@ from sgl_runtime.processing import Processor
 Images = Image | Sequence[Image]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SGLResult:
     """The answer to one request, and how it came about. Tensors are copies on the CPU.
 
