@@ -250,10 +250,8 @@ void prune_gather(Tensor hidden, Tensor mass, Tensor visual_index, Tensor seq_le
   for (size_t i = 0; i < extras.size(); ++i)
     planes.push_back(plane_of(extras[i], extras_out[i], batch, length, out_len));
   const auto* kept = static_cast<const int32_t*>(kept_index.data_ptr());
-  const int64_t grain = std::max<int64_t>(1, 4 * kWorkPerThread / std::max<int64_t>(1, planes[0].row_bytes));
-  torch::stable::parallel_for(0, batch * out_len, grain, [&](int64_t begin, int64_t end) {
-    sgl::gather_rows(planes, kept, out_len, begin, end);
-  });
+  const sgl::GatherArgs a{planes.data(), static_cast<int64_t>(planes.size()), kept, out_len};
+  run(sgl::active_kernels().gather_rows, a, batch * out_len, planes[0].row_bytes / 4);
 }
 
 void run_vocabulary(sgl::VocabArgs& a, const Tensor& logits, const Tensor& logprob, const char* op) {

@@ -20,11 +20,12 @@ namespace sgl {
   void prefill_mass(const PrefillArgs&, int64_t, int64_t);                \
   void vocab_block(const VocabArgs&, int64_t, int64_t);                   \
   void vocab_finish(const VocabArgs&, int64_t, int64_t);                  \
+  void gather_rows(const GatherArgs&, int64_t, int64_t);                  \
   }
 #define SGL_TABLE(isa)                                                                                     \
   Kernels{#isa,                isa::decode_split,     isa::decode_combine, isa::decode_mass,               \
           isa::prefill_pack,   isa::prefill_denominator, isa::prefill_rows, isa::prefill_received,         \
-          isa::prefill_mass,   isa::vocab_block,      isa::vocab_finish}
+          isa::prefill_mass,   isa::vocab_block,      isa::vocab_finish, isa::gather_rows}
 
 SGL_DECLARE(baseline)
 #ifdef SGL_X86

@@ -91,6 +91,20 @@ struct VocabArgs {
   float* logprob;
 };
 
+struct Plane {  // per-position data to gather; strides and row size in bytes
+  const char* source;
+  int64_t source_batch, source_row;
+  char* target;  // (B, out_len, row) contiguous
+  int64_t row_bytes;
+};
+
+struct GatherArgs {
+  const Plane* planes;
+  int64_t plane_count;
+  const int32_t* kept;  // (B, out_len) contiguous; -1 makes a row of zeros
+  int64_t out_len;
+};
+
 template <class Args>
 using Kernel = void (*)(const Args&, int64_t begin, int64_t end);
 
@@ -106,21 +120,12 @@ struct Kernels {
   Kernel<PrefillArgs> prefill_mass;      // tasks (B, slot_blocks)
   Kernel<VocabArgs> vocab_block;         // tasks (rows, blocks)
   Kernel<VocabArgs> vocab_finish;        // tasks (rows)
+  Kernel<GatherArgs> gather_rows;        // tasks (B, out_len)
 };
 
 // One request of select_tokens; kept (out_len) is filled, the return value is the number of valid entries.
 int32_t select_tokens(const float* mass, const Index& visual, int64_t b, int64_t seq_len, int64_t num_keep,
                       int32_t* kept, int64_t out_len);
-
-struct Plane {  // per-position data to gather; strides and row size in bytes
-  const char* source;
-  int64_t source_batch, source_row;
-  char* target;  // (B, out_len, row) contiguous
-  int64_t row_bytes;
-};
-
-// Tasks (B, out_len): copies the kept row of every plane, zeros where kept is -1.
-void gather_rows(const std::vector<Plane>& planes, const int32_t* kept, int64_t out_len, int64_t begin, int64_t end);
 
 const Kernels& active_kernels();
 void set_isa(const std::string& name);  // throws std::invalid_argument when this CPU or build lacks it

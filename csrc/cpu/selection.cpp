@@ -1,8 +1,8 @@
-// select_tokens and the gather of the rows it keeps.
+// select_tokens: which positions survive.
 //
 // Selection is one thread per request: a radix select over order-preserving keys (16 KB at N = 4096, in L1) finds the
 // key at the cut, ties at the cut are settled by position, and one byte per position merges text with kept visual
-// tokens in ascending order. Each mass is read once. The gather reads and writes each kept row once.
+// tokens in ascending order. Each mass is read once.
 
 #include <algorithm>
 #include <array>
@@ -81,19 +81,6 @@ int32_t select_tokens(const float* mass, const Index& visual, int64_t b, int64_t
   }
   std::fill(kept + count, kept + out_len, -1);
   return int32_t(count);
-}
-
-void gather_rows(const std::vector<Plane>& planes, const int32_t* kept, int64_t out_len, int64_t begin, int64_t end) {
-  for (const Plane& plane : planes) {
-    for (int64_t task = begin; task < end; ++task) {
-      char* target = plane.target + task * plane.row_bytes;
-      if (kept[task] < 0)
-        std::memset(target, 0, plane.row_bytes);
-      else
-        std::memcpy(target, plane.source + task / out_len * plane.source_batch + kept[task] * plane.source_row,
-                    plane.row_bytes);
-    }
-  }
 }
 
 }  // namespace sgl
