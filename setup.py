@@ -22,7 +22,12 @@ ROOT = Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: a newer call fails to compile
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-KERNELS = ["decode_attention.cpp", "gather.cpp", "prefill_mass.cpp", "vocabulary.cpp"]  # compiled once per vector width
+KERNELS = [
+    "decode_attention.cpp",
+    "gather.cpp",
+    "prefill_mass.cpp",
+    "vocabulary.cpp",
+]  # compiled once per vector width
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 
