@@ -128,7 +128,8 @@ def prune_case(g: Geometry, dtype: torch.dtype) -> Case:
         lambda: hidden[:, :rows].clone(memory_format=torch.contiguous_format),
     )
     targets = [Target("topk, sort, cat, index_select", 1), Target("plain copy", 0.8, slack_us=60)]
-    return case("prune_gather", f"{setting(g, dtype)} C={HIDDEN} r={KEEP_RATIO}", calls, targets)
+    where = f"{setting(g, dtype)} C={HIDDEN} r={KEEP_RATIO}"
+    return case("prune_gather", where, calls, targets, rounds=20)
 
 
 def prefill_case(g: Geometry, dtype: torch.dtype) -> Case:
@@ -149,7 +150,7 @@ def prefill_case(g: Geometry, dtype: torch.dtype) -> Case:
         eager,
     )
     where = f"{setting(g, dtype)} rows={TEXT_ROWS}"
-    return case("prefill_mass", where, calls, [Target("eager full attention", 10)], rounds=3)
+    return case("prefill_mass", where, calls, [Target("eager full attention", 10)], rounds=2)
 
 
 def greedy_case(dtype: torch.dtype) -> Case:
