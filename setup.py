@@ -37,7 +37,7 @@ def flag(name: str) -> bool:
 
 
 def announce(reason: str) -> None:
-    line = f"sgl-vlm: INSTALLING WITHOUT COMPILED KERNELS, ops run as plain PyTorch (slow): {reason}"
+    line = f"sgl-vlm: INSTALLING WITHOUT COMPILED KERNELS, ops will be slow (plain PyTorch): {reason}"
     print(f"\n{'!' * 20} {line}\n", file=sys.stderr, flush=True)
 
 
@@ -122,17 +122,21 @@ def build_command():  # type: ignore[no-untyped-def]
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
-            except Exception as error:
-                if flag("SGL_KERNELS_FORCE_CUDA"):
-                    raise
-                announce(f"the build failed: {type(error).__name__}: {error}")
+            except Exception as error:  # torch checks the compiler before it builds anything
+                self.report("the extensions", error)
 
         def build_extension(self, ext) -> None:  # type: ignore[no-untyped-def]
-            if ext.name == "sgl_kernels._C":
-                ext.extra_objects = [
-                    o for isa, flags in isa_flags().items() for o in self.compile_isa(isa, flags)
-                ]
-            super().build_extension(ext)
+            try:
+                if ext.name == "sgl_kernels._C":
+                    ext.extra_objects = [o for i in isa_flags().items() for o in self.compile_isa(*i)]
+                super().build_extension(ext)
+            except Exception as error:
+                self.report(ext.name, error)
+
+        def report(self, what: str, error: Exception) -> None:
+            if flag("SGL_KERNELS_FORCE_CUDA"):
+                raise error
+            announce(f"the build of {what} failed: {type(error).__name__}: {error}")
 
         def compile_isa(self, isa: str, flags: list[str]) -> list[str]:
             objects: list[str] = self.compiler.compile(

@@ -2,7 +2,7 @@
 
 Nothing reads a tensor's values, so every function can be compiled with `fullgraph=True` and captured in a
 CUDA graph. Words: batch B, query heads Hq, KV heads Hkv, head dim D, cache slots or positions S, visual slots
-N (padded with -1), counted rows R, hidden size C, vocabulary V. "The design" is docs/design, "the paper" is
+N (padded with -1), counted rows R, hidden size C, vocabulary V. "The design" is design.md, "the paper" is
 arXiv 2412.03324. No op has a gradient.
 """
 

@@ -1,6 +1,6 @@
 """Every op in plain PyTorch: the specification, the test oracle, the benchmark baseline and the fallback.
 
-Read this file to know what an op computes. Words and rules are those of docs/design ("Exact semantics"):
+Read this file to know what an op computes. Words and rules are those of design.md, sections 1 and 2:
 batch B, query heads Hq, KV heads Hkv, head dim D, cache slots or positions S, visual slots N, vocabulary V.
 
 Rules that hold for every op:
