@@ -8,11 +8,13 @@ Turns, not blocks: what else runs on the machine then slows both sides of a comp
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
-import os
+import platform
+import re
 import statistics
+import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,10 @@ import torch
 from tqdm import tqdm
 
 import sgl_kernels
-from benchmarks.cases import Case, recipes
+from benchmarks.cases import DTYPES, Case, recipes
+from sgl_runtime.files import whole_file
+
+DTYPE_NAMES = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
 
 
 def main() -> int:
@@ -41,10 +46,11 @@ def main() -> int:
     table = markdown(results)
     print(table)
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        document = {"environment": sgl_kernels.collect_env(), "results": results}
-        write_whole(options.out / "cpu_ops.json", json.dumps(document, indent=1) + "\n")
-        write_whole(options.out / "cpu_ops.md", table + "\n")
+        document = {"environment": environment(), "results": results}
+        with whole_file(options.out / "cpu_ops.json") as partial:
+            partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        with whole_file(options.out / "cpu_ops.md") as partial:
+            partial.write_text(table + "\n", encoding="utf-8")
     return 0
 
 
@@ -71,35 +77,43 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    env = sgl_kernels.collect_env()
+    """One line per shape and target, both dtypes side by side; what misses its target is bold."""
+    where = environment()
     lines = [
-        f"torch {env['torch']}, {env['threads']} threads, vector width {env['isa']}; median microseconds",
+        f"{where['cpu']}, {where['threads']} threads, vector width {where['isa']}, torch {where['torch']}, "
+        f"commit {where['commit']}. Baseline's median over ours (our median, microseconds).",
         "",
-        "| op | setting | ours | baseline | target | baseline / ours | met |",
-        "| --- | --- | ---: | ---: | --- | ---: | --- |",
+        "| op | shape | against | target | float32 | bfloat16 |",
+        "| --- | --- | --- | --- | ---: | ---: |",
     ]
+    cells: dict[tuple[str, str, str], dict[str, str]] = {}
     for result in results:
-        medians = result["median_us"]
+        words = result["setting"].split()
+        dtype = next(word for word in words if word in DTYPE_NAMES)
+        shape = " ".join(word for word in words if word != dtype)
         for target in result["targets"]:
-            baseline = next(side for side in medians if side != "ours" and f"x {side}" in target["target"])
-            lines.append(
-                f"| {result['op']} | {result['setting']} | {medians['ours']:.0f} | {medians[baseline]:.0f} | "
-                f"{target['target']} | {target['ratio']:.2f} | {'yes' if target['met'] else '**no**'} |"
-            )
-    others = [
-        f"{result['op']} [{result['setting']}] {side}: {value:.0f} us"
-        for result in results
-        for side, value in result["median_us"].items()
-        if side.startswith("ours,")
-    ]
-    return "\n".join([*lines, "", *(f"* {line}" for line in others)])
+            cell = f"{target['ratio']:.2f}x ({result['median_us']['ours']:.0f})"
+            row = cells.setdefault((result["op"], shape, target["target"]), {})
+            row[dtype] = cell if target["met"] else f"**{cell}, missed**"
+    for (op, shape, target), row in cells.items():
+        bound, baseline = re.fullmatch(r"([<>]= [\d.]+x) (.*)", target).groups()  # type: ignore[union-attr]
+        baseline, _, slack = baseline.partition(" + ")
+        bound = f"{bound} + {slack}" if slack else bound
+        measured = " | ".join(row.get(dtype, "") for dtype in DTYPE_NAMES)
+        lines.append(f"| {op} | {shape} | {baseline} | {bound} | {measured} |")
+    return "\n".join(lines)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A reader never sees half a file."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+def environment() -> dict[str, Any]:
+    """`collect_env` with what a reader needs to place a number: processor, commit, date."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    cpu = models[0] if models else platform.processor()
+    today = datetime.date.today().isoformat()
+    return {"cpu": cpu, "commit": commit or "unknown", "date": today, **sgl_kernels.collect_env()}
 
 
 if __name__ == "__main__":
