@@ -90,7 +90,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(size: Size) -> InternVLForConditionalGeneration:
-    """A randomly initialised VLM: fan-in initialisation, sin-cos position embeddings. Seed torch before."""
+    """A randomly initialised VLM: fan-in initialisation, sin-cos position embeddings. Seed torch first."""
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(
             hidden_size=size.vision_width,
@@ -123,9 +123,15 @@ def build_model(size: Size) -> InternVLForConditionalGeneration:
         tie_word_embeddings=False,
     )
     model = InternVLForConditionalGeneration(config)
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-            torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            std = module.weight[0].numel() ** -0.5
+            if name.endswith(("self_attn.o_proj", "mlp.down_proj")):
+                std *= (2 * size.layers) ** -0.5
+            torch.nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, torch.nn.Embedding):
+            # As large as image features: words a hundred times smaller drown in the first layer's output.
+            torch.nn.init.normal_(module.weight, std=1.0)
     embeddings = model.model.vision_tower.embeddings.position_embeddings
     with torch.no_grad():
         embeddings[0, 1:] = _sincos_grid(SIZE // PATCH, size.vision_width)

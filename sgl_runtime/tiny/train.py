@@ -4,7 +4,7 @@
     python -m sgl_runtime.tiny.train large language
 
 The vision tower learns from throwaway heads that name the shape under the patches near each label's centre,
-in crowded scenes. The language model then learns from questions and answers alone, with the tower frozen:
+in crowded scenes. The language model then learns to continue questions and answers, with the tower frozen:
 attention is never supervised and no token is dropped. Every step's scenes follow from the step number, so a
 stopped run goes on where it was.
 """
@@ -137,7 +137,11 @@ class LanguageTask(nn.Module):
         return loss, self._accuracy(right, counted)
 
     def rows(self, scenes: list[Scene], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Token ids and next-token targets, both (batch, row length). Only answers have targets."""
+        """Token ids and next-token targets, both (batch, row length).
+
+        Questions have targets too. That a letter is followed by the digit it has in the picture is a simpler
+        lesson in looking things up than any answer is, and learned first.
+        """
         ids, targets = [], []
         for scene in scenes:
             row, goal = list(self.prefix), [IGNORE] * len(self.prefix)
@@ -148,10 +152,10 @@ class LanguageTask(nn.Module):
                     row += [recipe.PAD] * (n + m + 1)
                     goal += [IGNORE] * (n + m + 1)
                     continue
-                answer = [*_words()(question.answer).input_ids, recipe.END]
-                row += [*_words()(question.text).input_ids, recipe.END, recipe.START]
-                row += [_words()("assistant").input_ids[0], *answer]
-                goal += [IGNORE] * (n - 1) + answer + [IGNORE]
+                slot = [*_words()(question.text).input_ids, recipe.END, recipe.START]
+                slot += [*_words()("assistant").input_ids, *_words()(question.answer).input_ids, recipe.END]
+                row += slot
+                goal += [*slot[1:], IGNORE]
             ids.append(row)
             targets.append(goal)
         return torch.tensor(ids), torch.tensor(targets)
@@ -161,9 +165,10 @@ class LanguageTask(nn.Module):
         out: dict[str, list[float]] = {}
         place = len(self.prefix)
         for kind in SLOTS:
-            end = place + QUESTION_LENGTH[kind] + 3 + ANSWER_LENGTH[kind] + 1
-            asked = counted[:, place:end].any(1)
-            out.setdefault(kind, []).extend(right[asked, place:end].all(1).float().tolist())
+            answer = place + QUESTION_LENGTH[kind] + 2
+            end = answer + ANSWER_LENGTH[kind] + 2
+            asked = counted[:, answer]
+            out.setdefault(kind, []).extend(right[asked, answer:end].all(1).float().tolist())
             place = end
         return {kind: sum(values) / max(1, len(values)) for kind, values in out.items()}
 
