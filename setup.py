@@ -88,7 +88,7 @@ def cpu_extension():  # type: ignore[no-untyped-def]
     return CppExtension(
         "sgl_kernels._C",
         ["csrc/bind_cpu.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/selection.cpp"],
-        depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))],
+        depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc" / "cpu").iterdir())],
         include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
         define_macros=list(defines.items()),
         extra_compile_args={"cxx": [*CXX_FLAGS, "-fvisibility=hidden"]},
