@@ -295,6 +295,7 @@ pybind11::dict build_info() {
   info["torch_built_against"] = SGL_TORCH_VERSION;
   info["isas"] = sgl::available_isas();
   info["isa"] = sgl::active_kernels().isa;
+  info["isa_refused"] = sgl::refused_isa();
   info["cpu_features"] = sgl::cpu_features();
   return info;
 }
@@ -314,5 +315,4 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of sgl_kernels; importing the module registers them.";
   m.def("build_info", &build_info, "Compiler, flags, torch version, vector widths and CPU features, as a dict.");
   m.def("set_isa", &sgl::set_isa, "Choose the vector width, for tests: one of build_info()['isas'].");
-  sgl::active_kernels();
 }

@@ -3,6 +3,8 @@
 The extensions load apart, so one can fail alone; the first error of each is kept for `collect_env`.
 `SGL_KERNELS_BACKEND` states what must be active: `reference` loads nothing, `cpu`, `cuda` and `triton` fail
 at import when theirs is missing. Unset, whatever loads is used and a missing CPU extension is announced.
+`SGL_KERNELS_ISA` states the CPU extension's vector width; one that is not to be had is announced, and the
+widest runs.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ def load() -> None:
     _load_extension("_C")
     if wanted == "cuda" or (wanted == "" and torch.version.cuda is not None):
         _load_extension("_C_cuda")
+    _check_isa()
     required = {"cpu": "_C", "cuda": "_C_cuda"}.get(wanted)
     if required in _load_errors:
         raise ImportError(
@@ -71,8 +74,9 @@ def collect_env() -> dict[str, Any]:
     -------
     dict
         `python`, `platform`, `torch`, `torch_cuda`, `threads`, `backend_override`, `backends` (op to
-        backend), `extensions` (module to its `build_info()`), `cpu_features`, `isa` (vector width in use,
-        None without the CPU extension), `load_errors` (module to its first error).
+        backend), `extensions` (module to its `build_info()`, whose `isa_refused` is the SGL_KERNELS_ISA that
+        could not be had, or None), `cpu_features`, `isa` (vector width in use, None without the CPU
+        extension), `load_errors` (module to its first error).
     """
     info = {name: module.build_info() for name, module in _modules.items()}
     cpu = info.get("_C", {})
@@ -96,6 +100,18 @@ def _load_extension(name: str) -> None:
         _modules[name] = importlib.import_module(f"sgl_kernels.{name}")
     except Exception as error:  # a broken extension must not take the package with it
         _load_errors.setdefault(name, f"{type(error).__name__}: {error}")
+
+
+def _check_isa() -> None:
+    info = _modules["_C"].build_info() if "_C" in _modules else {}
+    refused = info.get("isa_refused")
+    if refused is not None:
+        print(
+            f"sgl_kernels: SGL_KERNELS_ISA is {refused!r}, expected one of {', '.join(info['isas'])}; "
+            f"running {info['isa']}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _announce(reason: str) -> None:

@@ -1,5 +1,6 @@
 // Which vector width runs. A build holds the kernels for every width its architecture may have; the CPU decides, and
-// SGL_KERNELS_ISA may ask for less.
+// SGL_KERNELS_ISA may ask for less. A width that is not to be had cannot stop the library from loading, since its ops
+// are registered by then: the widest runs, and `refused_isa` lets Python say so.
 
 #include <cstdlib>
 #include <stdexcept>
@@ -49,7 +50,21 @@ std::vector<Kernels> usable_tables() {  // narrowest first
 }
 
 const std::vector<Kernels> g_tables = usable_tables();
-const Kernels* g_active = nullptr;
+
+const Kernels* find(const std::string& name) {
+  for (const Kernels& table : g_tables)
+    if (name == table.isa) return &table;
+  return nullptr;
+}
+
+std::string wanted_isa() {
+  const char* wanted = std::getenv("SGL_KERNELS_ISA");
+  return wanted ? wanted : "";
+}
+
+const std::string g_wanted = wanted_isa();
+const Kernels* const g_found = find(g_wanted);
+const Kernels* g_active = g_found ? g_found : &g_tables.back();
 
 }  // namespace
 
@@ -60,27 +75,21 @@ std::vector<std::string> available_isas() {
 }
 
 void set_isa(const std::string& name) {
-  std::string have;
-  for (const Kernels& table : g_tables) {
-    if (name == table.isa) {
-      g_active = &table;
-      return;
-    }
-    have += std::string(have.empty() ? "" : ", ") + table.isa;
+  if (const Kernels* table = find(name)) {
+    g_active = table;
+    return;
   }
-  throw std::invalid_argument("SGL_KERNELS_ISA is '" + name + "', expected one of: " + have);
+  std::string have;
+  for (const Kernels& table : g_tables) have += std::string(have.empty() ? "" : ", ") + table.isa;
+  throw std::invalid_argument("set_isa: the vector width is '" + name + "', expected one of: " + have);
 }
 
-const Kernels& active_kernels() {
-  if (!g_active) {
-    const char* wanted = std::getenv("SGL_KERNELS_ISA");
-    if (wanted && *wanted)
-      set_isa(wanted);
-    else
-      g_active = &g_tables.back();
-  }
-  return *g_active;
+std::optional<std::string> refused_isa() {
+  if (g_wanted.empty() || g_found) return std::nullopt;
+  return g_wanted;
 }
+
+const Kernels& active_kernels() { return *g_active; }
 
 std::vector<std::string> cpu_features() {
   std::vector<std::string> found;

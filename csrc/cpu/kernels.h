@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -129,6 +130,7 @@ int32_t select_tokens(const float* mass, const Index& visual, int64_t b, int64_t
 
 const Kernels& active_kernels();
 void set_isa(const std::string& name);  // throws std::invalid_argument when this CPU or build lacks it
+std::optional<std::string> refused_isa();  // the value of SGL_KERNELS_ISA when this CPU or build lacks it
 std::vector<std::string> available_isas();
 std::vector<std::string> cpu_features();
 

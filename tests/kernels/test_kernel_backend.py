@@ -82,13 +82,29 @@ def test_unusable_backend_names(value, message):
 
 
 def test_vector_width_from_the_environment(compiled):
-    show = "import sgl_kernels; print(sgl_kernels.collect_env()['isa'])"
+    show = WORKS + "print(sgl_kernels.collect_env()['isa'])"
     result = python(show, SGL_KERNELS_ISA="baseline")
-    assert result.stdout.strip() == "baseline"
+    assert result.stdout.split() == ["cpu", "baseline"]
     assert result.stderr == ""
-    result = python(show, SGL_KERNELS_ISA="avx1024")
-    assert result.stdout.strip() == "None"
-    assert "'avx1024', expected one of: baseline" in result.stderr
+
+
+def test_unknown_vector_width_is_said_and_the_widest_runs(compiled):
+    """Refusing to load would come too late: the kernels register themselves before the module starts."""
+    widest = backend.extension("_C").build_info()["isas"][-1]
+    code = (
+        WORKS
+        + """
+env = sgl_kernels.collect_env()
+print(env["isa"], env["extensions"]["_C"]["isa_refused"], env["load_errors"].get("_C"))
+"""
+    )
+    result = python(code, SGL_KERNELS_ISA="avx1024", SGL_KERNELS_BACKEND="cpu")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["cpu", widest, "avx1024", "None"]
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    assert "SGL_KERNELS_ISA is 'avx1024', expected one of baseline" in lines[0]
+    assert lines[0].endswith(f"running {widest}")
 
 
 def test_collect_env(compiled):
