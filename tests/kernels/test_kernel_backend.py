@@ -127,3 +127,16 @@ def test_collect_env(compiled):
 def test_set_isa_quotes_the_choices(compiled):
     with pytest.raises(ValueError, match=r"'mmx', expected one of: baseline"):
         backend.extension("_C").set_isa("mmx")
+
+
+def test_missing_kernels_fail_in_ci_and_skip_elsewhere():
+    """Otherwise CI could be green with no compiled kernel tested."""
+    here = Path(__file__).parent
+    one = f"{here / 'test_kernel_backend.py'}::test_set_isa_quotes_the_choices"
+    code = f"import sys, pytest; sys.exit(pytest.main(['-p', 'no:cacheprovider', '-q', {one!r}]))"
+    in_ci = python(code, SGL_KERNELS_BACKEND="reference", CI="true")
+    assert in_ci.returncode == 1
+    assert "sgl_kernels._C is not loaded" in in_ci.stdout
+    elsewhere = python(code, SGL_KERNELS_BACKEND="reference", CI="")
+    assert elsewhere.returncode == 0
+    assert "1 skipped" in elsewhere.stdout
