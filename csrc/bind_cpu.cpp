@@ -54,7 +54,7 @@ sgl::Dtype float_dtype(const Tensor& t, const char* op) {
 
 bool is(const Tensor& t, ScalarType dtype, int64_t dims) { return t.scalar_type() == dtype && t.dim() == dims; }
 
-bool rows_contiguous(const Tensor& t) { return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1; }
+bool rows_contiguous(const Tensor& t) { return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1 || t.numel() == 0; }
 
 sgl::Index index_of(const Tensor& t, int64_t batch, const char* op) {
   STD_TORCH_CHECK(is(t, ScalarType::Int, 2) && t.size(0) == batch, op, ": expected an int32 index (batch, count)");
@@ -229,9 +229,11 @@ sgl::Plane plane_of(const Tensor& source, const Tensor& target, int64_t batch, i
   SGL_REQUIRE(source.scalar_type() == target.scalar_type() && target.is_contiguous(), "prune_gather");
   SGL_REQUIRE(source.dim() == target.dim(), "prune_gather");
   const int64_t element = source.element_size();
+  const bool unread = source.numel() == 0;  // then any strides will do, and .contiguous() changes none
   int64_t row = 1;
   for (int64_t d = source.dim() - 1; d >= 2; --d) {
-    SGL_REQUIRE(source.size(d) == target.size(d) && (source.stride(d) == row || source.size(d) == 1), "prune_gather");
+    SGL_REQUIRE(source.size(d) == target.size(d), "prune_gather");
+    SGL_REQUIRE(unread || source.size(d) == 1 || source.stride(d) == row, "prune_gather");
     row *= source.size(d);
   }
   return {static_cast<const char*>(source.data_ptr()), source.stride(0) * element, source.stride(1) * element,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+import operator
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 1024  # kMaxHeadDim of csrc/cpu/kernels.h
+MAX_COUNT = 2**63 - 1  # what an int in an op's schema holds
 
 
 def check_heads(op: str, heads: int, kv_heads: int, dim: int) -> None:
@@ -50,8 +52,32 @@ def check_mass(
 def check_accumulator(op: str, name: str, tensor: Tensor) -> None:
     if tensor.dtype != torch.float32:
         bad_dtype(op, name, tensor, "float32")
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+    check_last_stride(op, name, tensor)
+    if _rows_overlap(tensor):
+        raise ValueError(
+            f"{op}: {name} has strides {tuple(tensor.stride())} for shape {dims(tensor)}, so that rows share "
+            "memory, expected rows apart since each is written; allocate it with torch.zeros"
+        )
+
+
+def check_last_stride(op: str, name: str, tensor: Tensor) -> None:
+    """Kernels read rows as they lie; one element, or none, lies right with any stride."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1 and tensor.numel() > 0:
         bad_stride(op, name, tensor)
+
+
+def check_count(op: str, name: str, value: Any, hint: str = "") -> int:
+    """An int of at least 0, from any integer type; a symbol of torch.compile stays one."""
+    if not isinstance(value, (int, torch.SymInt)):
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{op}: {name} is {value!r}, expected an int{hint}") from None
+    if value < 0:
+        raise ValueError(f"{op}: {name} is {value}, expected 0 or more")
+    if value > MAX_COUNT:
+        raise ValueError(f"{op}: {name} is {value}, expected at most {MAX_COUNT}")
+    return value
 
 
 def check_selection(
@@ -60,12 +86,13 @@ def check_selection(
     visual_index: Tensor,
     seq_lens: Tensor,
     num_keep: int | Tensor,
-    out_len: int | None,
-) -> int:
+) -> tuple[int, Tensor | None]:
+    """Return `num_keep` as the ops take it: one count, and the counts of each request if they came."""
     if mass.dim() != 2:
         bad_shape(op, "mass", mass, "(batch, visual slots)")
     if mass.dtype != torch.float32:
         bad_dtype(op, "mass", mass, "float32")
+    check_last_stride(op, "mass", mass)
     batch = mass.shape[0]
     if visual_index.shape != mass.shape:
         bad_shape(op, "visual_index", visual_index, f"the shape of mass, {dims(mass)}")
@@ -77,17 +104,9 @@ def check_selection(
         if num_keep.dtype != torch.int32:
             bad_dtype(op, "num_keep", num_keep, "int32")
         check_devices(op, mass, visual_index, seq_lens, num_keep)
-    else:
-        if isinstance(num_keep, float):
-            raise TypeError(
-                f"{op}: num_keep is {num_keep}, expected an int; use max(1, int(N_v * keep_ratio))"
-            )
-        if num_keep < 0:
-            raise ValueError(f"{op}: num_keep is {num_keep}, expected 0 or more")
-        check_devices(op, mass, visual_index, seq_lens)
-    if out_len is not None and out_len < 0:
-        raise ValueError(f"{op}: out_len is {out_len}, expected 0 or more")
-    return batch
+        return 0, num_keep
+    check_devices(op, mass, visual_index, seq_lens)
+    return check_count(op, "num_keep", num_keep, "; use max(1, int(N_v * keep_ratio))"), None
 
 
 def check_logits(op: str, logits: Tensor) -> None:
@@ -95,8 +114,7 @@ def check_logits(op: str, logits: Tensor) -> None:
         bad_shape(op, "logits", logits, "(..., vocabulary) with at least one token")
     if logits.dtype not in FLOATS:
         bad_dtype(op, "logits", logits, "float32, bfloat16 or float16")
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        bad_stride(op, "logits", logits)
+    check_last_stride(op, "logits", logits)
 
 
 def check_devices(op: str, first: Tensor, *others: Tensor | None) -> None:
@@ -106,6 +124,20 @@ def check_devices(op: str, first: Tensor, *others: Tensor | None) -> None:
             raise ValueError(
                 f"{op}: tensors on {device} and {other.device}, expected one device; move them together"
             )
+
+
+def _rows_overlap(tensor: Tensor) -> bool:
+    """Whether two rows of a tensor of two or three dimensions, last one contiguous, share memory."""
+    width = tensor.shape[-1]
+    spans = [(n, step) for n, step in zip(tensor.shape[:-1], tensor.stride(), strict=False) if n > 1]
+    if tensor.numel() == 0 or not spans:
+        return False
+    if len(spans) == 1:
+        return spans[0][1] < width
+    (outer, outer_step), (inner, inner_step) = spans  # apart if one steps over all that the other spans
+    nested = inner_step >= width and outer_step >= (inner - 1) * inner_step + width
+    swapped = outer_step >= width and inner_step >= (outer - 1) * outer_step + width
+    return not (nested or swapped)
 
 
 def dims(tensor: Tensor) -> tuple[int, ...]:

@@ -18,9 +18,10 @@ from sgl_kernels.checks import (
     FLOATS,
     bad_dtype,
     bad_shape,
-    bad_stride,
+    check_count,
     check_devices,
     check_heads,
+    check_last_stride,
     check_lens,
     check_logits,
     check_mass,
@@ -63,9 +64,10 @@ def decode_attention(
         (B, N) int32, slot of each visual token, in any order. An entry outside [0, seq_len) is padding.
         Needed when `mass` or `head_mass` is given.
     mass : Tensor, optional
-        (B, N) fp32. The probabilities of the row, summed over query heads, are ADDED to it.
+        (B, N) fp32. The probabilities of the row, summed over query heads, are ADDED to it. Rows may lie
+        apart but share no memory, as those of `.expand()` do.
     head_mass : Tensor, optional
-        (B, Hq, N) fp32. The probabilities of each query head are ADDED to it.
+        (B, Hq, N) fp32, laid out likewise. The probabilities of each query head are ADDED to it.
     softmax_scale : float, optional
         Factor of the logits; D ** -0.5 when None.
 
@@ -103,12 +105,8 @@ def decode_attention(
             f"{op}: k_cache is {k_cache.dtype} and v_cache is {v_cache.dtype}, expected {q.dtype}, "
             "the dtype of q; cast q or keep the cache in the dtype of q"
         )
-    if q.stride(2) != 1:
-        bad_stride(op, "q", q)
-    if k_cache.stride(3) != 1:
-        bad_stride(op, "k_cache", k_cache)
-    if v_cache.stride(3) != 1:
-        bad_stride(op, "v_cache", v_cache)
+    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        check_last_stride(op, name, tensor)
     if mass is not None or head_mass is not None:
         if visual_index is None:
             raise ValueError(
@@ -148,9 +146,11 @@ def prefill_mass(
     visual_index : Tensor
         (B, N) int32, positions of the visual tokens, in any order. An entry outside [0, S) is padding.
     mass : Tensor
-        (B, N) fp32. The probabilities, summed over counted rows and query heads, are ADDED to it.
+        (B, N) fp32. The probabilities, summed over counted rows and query heads, are ADDED to it. Rows may
+        lie apart but share no memory.
     head_mass : Tensor, optional
-        (B, Hq, N) fp32. The probabilities of each query head, summed over counted rows, are ADDED to it.
+        (B, Hq, N) fp32, laid out likewise. The probabilities of each query head, summed over counted rows,
+        are ADDED to it.
     softmax_lse : Tensor, optional
         (B, Hq, S) fp32, natural logarithm of each row's softmax denominator, of logits that include
         `softmax_scale`. With it only the visual keys are read; without it the op computes it for the counted
@@ -194,10 +194,8 @@ def prefill_mass(
         bad_dtype(op, "q", q, "float32, bfloat16 or float16")
     if k.dtype != q.dtype:
         bad_dtype(op, "k", k, f"{q.dtype}, the dtype of q")
-    if q.stride(3) != 1:
-        bad_stride(op, "q", q)
-    if k.stride(3) != 1:
-        bad_stride(op, "k", k)
+    check_last_stride(op, "q", q)
+    check_last_stride(op, "k", k)
     check_devices(op, q, k, query_index, visual_index, mass, head_mass, softmax_lse)
     scale = dim**-0.5 if softmax_scale is None else softmax_scale
     _prefill_mass(q, k, query_index, visual_index, mass, head_mass, softmax_lse, scale)
@@ -216,7 +214,8 @@ def select_tokens(
     Parameters
     ----------
     mass : Tensor
-        (B, N) fp32. NaN ranks below everything, -0.0 equals 0.0; between equals the lower position wins.
+        (B, N) fp32, the last dimension contiguous. NaN ranks below everything, -0.0 equals 0.0; between
+        equals the lower position wins.
     visual_index : Tensor
         (B, N) int32, position of each visual token, in any order. An entry outside [0, seq_len) is padding
         and its mass is not looked at. A position named twice is kept when either of its slots is.
@@ -242,7 +241,7 @@ def select_tokens(
     Raises
     ------
     TypeError
-        A dtype is not one of those above.
+        A dtype is not one of those above, or `num_keep` or `out_len` is no int.
     ValueError
         A shape, stride or device does not fit, `num_keep` or `out_len` is negative, or `out_len` is missing
         where no value can be read.
@@ -252,8 +251,11 @@ def select_tokens(
     The design, sections 2.4 and 2.5; the paper's section 3.2, equation of the pruned token set.
     """
     op = "select_tokens"
-    batch = check_selection(op, mass, visual_index, seq_lens, num_keep, out_len)
-    if out_len is None:
+    count, each = check_selection(op, mass, visual_index, seq_lens, num_keep)
+    batch = mass.shape[0]
+    if out_len is not None:
+        out_len = check_count(op, "out_len", out_len)
+    else:
         if torch.compiler.is_compiling():
             raise ValueError(
                 f"{op}: out_len is None under torch.compile, expected an int; "
@@ -262,7 +264,6 @@ def select_tokens(
         out_len = max(0, int(seq_lens.max())) if batch else 0
     kept_index = torch.empty((batch, out_len), dtype=torch.int32, device=mass.device)
     kept_lens = torch.empty((batch,), dtype=torch.int32, device=mass.device)
-    count, each = (0, num_keep) if isinstance(num_keep, Tensor) else (num_keep, None)
     _select_tokens(mass, visual_index, seq_lens, count, each, kept_index, kept_lens)
     return kept_index, kept_lens
 
@@ -321,22 +322,21 @@ def prune_gather(
     if hidden.dim() != 3:
         bad_shape(op, "hidden", hidden, "(batch, positions, hidden size)")
     batch, length, width = hidden.shape
-    if hidden.stride(2) != 1:
-        bad_stride(op, "hidden", hidden)
-    if check_selection(op, mass, visual_index, seq_lens, num_keep, out_len) != batch:
+    check_last_stride(op, "hidden", hidden)
+    count, each = check_selection(op, mass, visual_index, seq_lens, num_keep)
+    if mass.shape[0] != batch:
         bad_shape(op, "mass", mass, f"(batch {batch}, visual slots), the batch of hidden {dims(hidden)}")
     for number, extra in enumerate(extras):
         if extra.dim() < 2 or extra.shape[0] != batch or extra.shape[1] != length:
             bad_shape(op, f"extras[{number}]", extra, f"(batch {batch}, positions {length}, ...)")
     check_devices(op, hidden, mass, *extras)
-    rows = length if out_len is None else out_len
+    rows = length if out_len is None else check_count(op, "out_len", out_len)
     device = hidden.device
     hidden_out = torch.empty((batch, rows, width), dtype=hidden.dtype, device=device)
     kept_index = torch.empty((batch, rows), dtype=torch.int32, device=device)
     kept_lens = torch.empty((batch,), dtype=torch.int32, device=device)
     sources = [_contiguous_rows(extra) for extra in extras]
     extras_out = [torch.empty((batch, rows, *x.shape[2:]), dtype=x.dtype, device=device) for x in sources]
-    count, each = (0, num_keep) if isinstance(num_keep, Tensor) else (num_keep, None)
     _prune_gather(
         hidden,
         mass,

@@ -1,5 +1,6 @@
 """What torch expects of an op, and what a person expects of an error."""
 
+import numpy as np
 import pytest
 import torch
 from kernel_helpers import decode_inputs, int32, normal
@@ -127,6 +128,23 @@ def test_inputs_are_not_written():
     assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
 
 
+def overlapping():
+    """Accumulators (mass, head_mass or None) of which two requests or two heads are the same memory."""
+    flat = torch.zeros(400)
+    return [
+        (torch.zeros(1, 20).expand(2, 20), None),
+        (flat.as_strided((2, 20), (19, 1)), None),
+        (torch.zeros(2, 20), torch.zeros(1, 4, 20).expand(2, 4, 20)),
+        (torch.zeros(2, 20), torch.zeros(2, 1, 20).expand(2, 4, 20)),
+        (torch.zeros(2, 20), flat.as_strided((2, 4, 20), (40, 20, 1))),
+    ]
+
+
+def accumulators(named, visual, mass, head_mass):
+    options = {"head_mass": head_mass}
+    return ((), {"visual_index": visual, "mass": mass, **options}) if named else ((mass,), options)
+
+
 def bad_calls():
     q, k, v = decode_inputs(2, 4, 2, 16, 40)
     lens, visual, mass = int32([40, 33]), torch.arange(20).int().repeat(2, 1), torch.zeros(2, 20)
@@ -217,6 +235,52 @@ def bad_calls():
             {},
         ),
         (ValueError, r"num_keep is -1, expected 0 or more", select_tokens, (mass, visual, lens, -1), {}),
+        *[
+            (TypeError, rf"num_keep is {shown}, expected an int; use max", op, (*inputs, value), {})
+            for op, inputs in (
+                (select_tokens, (mass, visual, lens)),
+                (prune_gather, (hidden, mass, visual, lens)),
+            )
+            for value, shown in (
+                (np.float32(1.5), r"np\.float32\(1\.5\)"),
+                ("3", "'3'"),
+                (None, "None"),
+                ([3, 3], r"\[3, 3\]"),
+            )
+        ],
+        (ValueError, r"num_keep is 1180591620717411303424", select_tokens, (mass, visual, lens, 2**70), {}),
+        (
+            TypeError,
+            r"out_len is 3\.0, expected an int",
+            select_tokens,
+            (mass, visual, lens, 3),
+            {"out_len": 3.0},
+        ),
+        (TypeError, r"out_len is '3'", prune_gather, (hidden, mass, visual, lens, 3), {"out_len": "3"}),
+        (ValueError, r"out_len is 11805", select_tokens, (mass, visual, lens, 3), {"out_len": 2**70}),
+        (
+            ValueError,
+            r"mass has strides \(40, 2\).*contiguous",
+            select_tokens,
+            (torch.rand(2, 40)[:, ::2], visual, lens, 3),
+            {},
+        ),
+        (
+            ValueError,
+            r"mass has strides \(40, 2\).*contiguous",
+            prune_gather,
+            (hidden, torch.rand(2, 40)[:, ::2], visual, lens, 3),
+            {},
+        ),
+        *[
+            (ValueError, r"has strides .* share memory", op, (*inputs, *written), options)
+            for op, inputs, named in (
+                (decode, (q, k, v, lens), True),
+                (prefill_mass, (long_q, k, rows, visual), False),
+            )
+            for mass_like, head_like in overlapping()
+            for written, options in [accumulators(named, visual, mass_like, head_like)]
+        ],
         (TypeError, r"num_keep is torch.int64", select_tokens, (mass, visual, lens, lens.long()), {}),
         (ValueError, r"out_len is -2", select_tokens, (mass, visual, lens, 3), {"out_len": -2}),
         (ValueError, r"hidden has shape \(40, 8\)", prune_gather, (hidden[0], mass, visual, lens, 3), {}),
@@ -253,6 +317,60 @@ def test_errors_quote_what_came_and_what_was_expected(number):
     with pytest.raises(error, match=message) as caught:
         function(*arguments, **options)
     assert str(caught.value).startswith(function.__name__ + ": ")
+
+
+def test_accumulators_may_lie_apart():
+    """Any layout that gives every slot memory of its own is written in place."""
+    q, k, v = decode_inputs(2, 4, 2, 16, 40)
+    lens, visual = int32([40, 33]), torch.arange(20).int().repeat(2, 1)
+    expected, expected_heads = torch.zeros(2, 20), torch.zeros(2, 4, 20)
+    decode_attention(q, k, v, lens, visual_index=visual, mass=expected, head_mass=expected_heads)
+    layers = torch.zeros(1, 2, 20).expand(3, 2, 20)  # what the runtime keeps when it sums over layers
+    heads_first = torch.zeros(4, 2, 30).transpose(0, 1)[..., :20]
+    decode_attention(q, k, v, lens, visual_index=visual, mass=layers[1], head_mass=heads_first)
+    assert torch.equal(layers[2], expected)
+    assert torch.equal(heads_first, expected_heads)
+    alone = torch.zeros(1, 20).as_strided((1, 20), (0, 1))  # of one request, any stride
+    one_head = torch.zeros(20).as_strided((1, 1, 20), (0, 0, 1))
+    first = slice(0, 1)
+    call = q[first, :1], k[first, :1], v[first, :1], lens[first]
+    decode_attention(*call, visual_index=visual[first], mass=alone, head_mass=one_head)
+    assert torch.equal(alone, one_head[:, 0])
+
+
+def test_head_dim_of_one_has_any_stride():
+    q, k, v = decode_inputs(2, 4, 2, 1, 40)
+    lens, visual = int32([40, 33]), torch.arange(20).int().repeat(2, 1)
+    rows = int32([[38, 39], [-1, 30]])
+    long_q = normal(2, 4, 40, 1)
+    spread = [torch.stack((t, t), -1).flatten(-2)[..., ::2] for t in (q, k, v, long_q)]  # stride 2
+    assert all(t.stride(-1) == 2 for t in spread)
+    results = []
+    for one_q, keys, values, many_q in ([q, k, v, long_q], spread):
+        mass = torch.zeros(2, 20)
+        out = decode_attention(one_q, keys, values, lens, visual_index=visual, mass=mass)
+        prefill_mass(many_q, keys, rows, visual, mass)
+        results.append((out, mass))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert greedy_token(torch.zeros(5, 3)[:, ::3])[0].tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_with_a_count_that_changes(dynamic):
+    """`num_keep` and `out_len` may be symbols: they are not turned into constants."""
+
+    def keep_some(hidden, mass, visual, lens, num_keep):
+        pruned = prune_gather(hidden, mass, visual, lens, num_keep, out_len=20 + num_keep)
+        return *pruned[:3], *select_tokens(mass, visual, lens, num_keep, out_len=20 + num_keep)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(keep_some, fullgraph=True, backend=counter, dynamic=dynamic or None)
+    inputs = normal(2, 40, 8), torch.rand(2, 20), torch.arange(20).int().repeat(2, 1), int32([40, 33])
+    for num_keep in (3, 5, 9, 12):
+        torch.testing.assert_close(compiled(*inputs, num_keep), keep_some(*inputs, num_keep))
+    assert counter.frame_count <= (1 if dynamic else 2)
 
 
 def test_direct_calls_with_wrong_shapes_are_refused(compiled):

@@ -1,5 +1,6 @@
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from kernel_helpers import int32, normal, same_bits, seeded
@@ -241,3 +242,38 @@ def test_empty(batch, length, slots):
     assert kept_lens.tolist() == [max(0, length - max(0, slots - 1))] * batch
     assert select_tokens(mass, visual_index, seq_lens, 1)[0].shape[0] == batch
     assert torch.equal(kept_index, reference.prune_gather(hidden, mass, visual_index, seq_lens, 1)[1])
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
+def test_empty_with_permuted_extras(batch, length):
+    """M-RoPE position ids of no request or no position: `.contiguous()` leaves their strides as they are."""
+    extras = (
+        torch.zeros(3, batch, length, dtype=torch.long).permute(1, 2, 0),
+        torch.zeros(batch, length, 2, 7).transpose(2, 3),
+    )
+    hidden, mass, lens = torch.zeros(batch, length, 4), torch.zeros(batch, 3), torch.zeros(batch).int()
+    visual_index = torch.full((batch, 3), -1).int()
+    out = prune_gather(hidden, mass, visual_index, lens, 1, extras=extras, out_len=6)
+    assert out[0].shape == (batch, 6, 4)
+    assert [x.shape for x in out[3]] == [(batch, 6, 3), (batch, 6, 7, 2)]
+    assert not any(x.any() for x in (out[0], *out[3]))
+    assert out[2].tolist() == [0] * batch
+
+
+def test_hidden_of_width_one():
+    """A dimension of size 1 has no stride that could be wrong."""
+    hidden = torch.randn(1, 1, 5).transpose(1, 2)
+    assert hidden.stride(2) != 1
+    mass, visual_index = torch.rand(1, 4)[:, :2][:, 1:], int32([[2]])
+    hidden_out, kept_index, _, _ = prune_gather(hidden, mass, visual_index, int32([5]), 0, out_len=4)
+    assert torch.equal(hidden_out[0], hidden[0, kept_index[0].long()])
+
+
+@pytest.mark.parametrize("num_keep", [np.int64(3), np.int32(3), np.array(3), 2**63 - 1], ids=repr)
+def test_num_keep_of_any_integer_type(num_keep):
+    mass, visual_index = torch.rand(1, 5), torch.arange(5).int()[None]
+    arguments = mass, visual_index, int32([8])
+    expected = select_tokens(*arguments, min(5, int(num_keep)))
+    assert torch.equal(select_tokens(*arguments, num_keep)[0], expected[0])
+    gathered = prune_gather(normal(1, 8, 4), *arguments, num_keep, out_len=np.int64(8))
+    assert torch.equal(gathered[1], expected[0])
