@@ -78,7 +78,8 @@ class KVMemory:
         shapes = [(1, self.num_kv_heads, prompt_length + new_tokens - d, self.head_dim) for d in dropped]
         sizes = [shape[1] * shape[2] * shape[3] for shape in shapes]
         if self.allocated < 2 * sum(sizes):
-            self._storage = self._storage.new_empty(2 * sum(sizes))
+            with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
+                self._storage = self._storage.new_empty(2 * sum(sizes))
         parts = iter(self._storage[: 2 * sum(sizes)].split([size for size in sizes for _ in range(2)]))
         pairs = [(next(parts).view(shape), next(parts).view(shape)) for shape in shapes]
         return KVCache([k for k, _ in pairs], [v for _, v in pairs], dropped, prompt_length)

@@ -35,7 +35,7 @@ def main() -> None:
     """Entry point of ``sgl-vlm``."""
     try:
         app()
-    except SGLError as error:
+    except (SGLError, OSError) as error:  # OSError: an output that cannot be written
         typer.echo(f"sgl-vlm: error: {error}", err=True)
         sys.exit(2)
 
@@ -53,6 +53,7 @@ def demo(
     from sgl_runtime.images import open_image
 
     started = time.perf_counter()
+    _check_target(out / "picture.png")
     pipe = _pipeline(tiny.SMALL, tiny.LARGE, _config(keep_ratio, prune_layer, exit_threshold, 8))
     answers = []
     for number, sample in enumerate(tiny.samples(), start=1):
@@ -103,6 +104,8 @@ def run(
         raise ConfigError(
             f"--save-map draws one image, got {len(image)}. Leave it out or ask about one image."
         )
+    if save_map is not None:
+        _check_target(save_map)
     opened = [open_image(path) for path in image]  # before the models, which may take minutes to load
     pipe = _pipeline(small, large, config, device=device, dtype=dtype)
     result = pipe(opened, prompt)
@@ -121,8 +124,7 @@ def env(as_json: AsJson = False) -> None:
     """Show versions, the backend of each op, CPU features, the first load error: for bug reports."""
     import importlib.metadata
 
-    import sgl_kernels
-
+    sgl_kernels = _kernels()
     found: dict[str, Any] = dict(sgl_kernels.collect_env())
     found["packages"] = {
         name: importlib.metadata.version(name)
@@ -149,7 +151,34 @@ def _config(keep_ratio: float, prune_layer: str, exit_threshold: float | None, m
     )
 
 
+def _check_target(path: Path) -> None:
+    """Find out before minutes of work that a file cannot be written."""
+    from sgl_runtime.errors import ConfigError
+    from sgl_runtime.files import whole_file
+
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory; give the name of a file.")
+    try:
+        with whole_file(path.with_name(f".{path.name}.probe")) as partial:
+            partial.touch()
+        path.with_name(f".{path.name}.probe").unlink()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another place.") from error
+
+
+def _kernels() -> Any:
+    """Import the ops; a wrong SGL_KERNELS_* variable is bad input, not a crash."""
+    from sgl_runtime.errors import ConfigError
+
+    try:
+        import sgl_kernels
+    except (ImportError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    return sgl_kernels
+
+
 def _pipeline(small: str | Path, large: str | Path, config: Any, **options: Any) -> Any:
+    _kernels()
     from sgl_runtime.pipeline import SGLPipeline
 
     return SGLPipeline.from_pretrained(small, large, config=config, **options)

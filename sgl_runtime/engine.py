@@ -100,6 +100,9 @@ class VLM:
     def __init__(self, model: nn.Module, name: str) -> None:
         self.name = name
         self.model = view = hf.view(model)
+        hf.logits_processors(
+            view.generation_config, 1, view.eos_ids
+        )  # a wrong setting shows now, not mid-run
         self.memory = KVMemory(len(view.layers), view.num_kv_heads, view.head_dim, view.dtype, view.device)
         self._rope = (torch.empty(0), torch.empty(0))
 
@@ -173,7 +176,9 @@ class VLM:
         Unless ``per_layer``, all layers share memory: ``buffer[0]`` (1, N) is then the sum over layers.
         """
         layers = self.num_layers if per_layer else 1
-        mass = torch.zeros(layers, 1, request.prompt.num_visual, device=self.model.device)
+        mass = torch.zeros(
+            layers, 1, request.prompt.num_visual, dtype=torch.float32, device=self.model.device
+        )
         return mass.expand(self.num_layers, -1, -1)
 
     @torch.no_grad()

@@ -68,11 +68,20 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(
             f"device={device!r} is not a torch device; write 'auto', 'cpu' or 'cuda'."
         ) from error
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={device!r} is not supported; write 'auto', 'cpu' or 'cuda'.")
+    count = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise ConfigError(
+            f"device={device!r}, but torch {torch.__version__} sees {count} CUDA devices here. "
+            "Write 'auto' or 'cpu', or install a CUDA build of torch."
+        )
+    return found
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -97,10 +106,13 @@ def checkpoint_directory(source: str | Path) -> Path:
         There is no such directory, or the hub id cannot be resolved (unknown, or offline and not in the
         cache).
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
     name = str(source)
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return path
+    except (OSError, RuntimeError, ValueError) as error:  # an unknown ~user, a name with a NUL byte
+        raise CheckpointError(f"{name!r} is not a checkpoint directory ({first_line(error)}).") from error
     if path.exists():
         raise CheckpointError(
             f"{name} is a file; give the directory that holds config.json and *.safetensors."
@@ -202,10 +214,29 @@ def logits_processors(generation_config: Any, prompt_length: int, eos_ids: froze
     """Return the checkpoint's deterministic logits processors as a ``LogitsProcessorList``, or None without
     any.
 
-    Supported: repetition_penalty, no_repeat_ngram_size, bad_words_ids, min_new_tokens, suppress_tokens,
-    begin_suppress_tokens. Decoding is greedy, so sampling settings (temperature, top_p, ...) and beams are
-    ignored.
+    Supported: repetition_penalty, min_length, no_repeat_ngram_size, bad_words_ids, min_new_tokens,
+    suppress_tokens, begin_suppress_tokens. Decoding is greedy, so sampling settings (temperature, top_p, ...)
+    and beams are ignored.
+
+    Raises
+    ------
+    CheckpointError
+        A setting has a value that makes no sense.
     """
+    try:
+        found = _processors(generation_config, prompt_length, eos_ids)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"The checkpoint's generation settings are wrong: {first_line(error)}"
+        ) from error
+    if not found:
+        return None
+    from transformers import LogitsProcessorList
+
+    return LogitsProcessorList(found)
+
+
+def _processors(generation_config: Any, prompt_length: int, eos_ids: frozenset[int]) -> list[Any]:
     from transformers.generation import logits_process as lp
 
     def setting(name: str) -> Any:
@@ -214,6 +245,8 @@ def logits_processors(generation_config: Any, prompt_length: int, eos_ids: froze
     found: list[Any] = []
     if setting("repetition_penalty") not in (None, 1.0):
         found.append(lp.RepetitionPenaltyLogitsProcessor(float(setting("repetition_penalty"))))
+    if setting("min_length") and eos_ids:
+        found.append(lp.MinLengthLogitsProcessor(setting("min_length"), sorted(eos_ids)))
     if setting("no_repeat_ngram_size"):
         found.append(lp.NoRepeatNGramLogitsProcessor(setting("no_repeat_ngram_size")))
     if setting("bad_words_ids"):
@@ -226,7 +259,7 @@ def logits_processors(generation_config: Any, prompt_length: int, eos_ids: froze
         found.append(lp.SuppressTokensLogitsProcessor(setting("suppress_tokens")))
     if setting("begin_suppress_tokens"):
         found.append(lp.SuppressTokensAtBeginLogitsProcessor(setting("begin_suppress_tokens"), prompt_length))
-    return lp.LogitsProcessorList(found) if found else None
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -253,6 +286,9 @@ def _check_config(directory: Path) -> None:
         )
     if kind != "internvl":
         raise CheckpointError(f"{directory} holds a model of type {kind!r}; supported is 'internvl'.")
+    for part in ("text_config", "vision_config"):  # transformers would build its default, of many gigabytes
+        if not isinstance(config.get(part), dict):
+            raise CheckpointError(f"{path} lacks {part}; it is not a whole InternVL configuration.")
 
 
 def _safetensors(directory: Path) -> list[Path]:

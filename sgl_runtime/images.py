@@ -49,6 +49,8 @@ def open_image(source: Image, max_pixels: int | None = None) -> PILImage.Image:
     except Exception as error:  # Pillow's decoders raise many kinds on damaged headers
         raise ImageError(f"{name} is not an image that can be read ({_reason(error)}).") from error
     width, height = image.size
+    if width * height == 0:
+        raise ImageError(f"{name} has {width} x {height} pixels; an image needs at least one.")
     if width * height > limit:
         raise ImageError(
             f"{name} has {width} x {height} = {width * height:,} pixels; the limit is {limit:,}. Scale it "
@@ -75,15 +77,15 @@ def _stream(source: Image) -> tuple[str, Any]:
         raise ImageError(
             f"{name[:200]} is a URL, and URLs are never fetched. Download it first and give the file."
         )
-    path = Path(name).expanduser()
     try:
+        path = Path(name).expanduser()
         if path.is_dir():
             raise ImageError(f"{name} is a directory; give one image file.")
         if not path.is_file():
             raise ImageError(f"There is no image file {name}.")
         if path.stat().st_size == 0:
             raise ImageError(f"{name} is 0 bytes long.")
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: an unknown ~user
         if isinstance(error, ImageError):
             raise
         raise ImageError(f"{name!r} cannot be opened ({_reason(error)}).") from error

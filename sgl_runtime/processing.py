@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image as PILImage
 from torch import Tensor
 
 from sgl_runtime import hf
@@ -50,8 +51,8 @@ class Processor:
     tokens_per_tile
         Visual tokens of one tile.
     template
-        Chat template (Jinja) when the tokenizer has none; without any, the images come first, then the
-        prompt.
+        Chat template (Jinja) that takes precedence over the tokenizer's own, as in InternVLProcessor; without
+        any, the images come first, then the prompt.
     """
 
     def __init__(
@@ -65,7 +66,8 @@ class Processor:
 
         self.tokenizer = tokenizer
         self.tokens_per_tile = tokens_per_tile
-        self.template = tokenizer.chat_template or template
+        template = template or tokenizer.chat_template
+        self.template = template.get("default") if isinstance(template, dict) else template
         self.image_processor = GotOcr2ImageProcessorPil(**image_settings)
         self.start, self.end, self.context = (
             getattr(tokenizer, name, None) or default for name, default in _TOKENS.items()
@@ -93,7 +95,13 @@ class Processor:
                 f"{directory}: the tokenizer could not be loaded ({hf.first_line(error)})."
             ) from error
         settings = _image_settings(directory)
-        processor = cls(tokenizer, settings, model.tokens_per_tile, _chat_template(directory))
+        try:
+            processor = cls(tokenizer, settings, model.tokens_per_tile, _chat_template(directory))
+            processor.image_processor(images=PILImage.new("RGB", (8, 8)))
+        except Exception as error:  # whatever wrong settings make the image processor raise
+            raise CheckpointError(
+                f"{directory}: the image settings do not work ({hf.first_line(error)})."
+            ) from error
         known = tokenizer.convert_tokens_to_ids(processor.context)
         if known != model.image_token_id:
             raise CheckpointError(
@@ -166,6 +174,8 @@ class Processor:
             raise PromptError("A request needs at least one image, got none.")
         if not isinstance(prompt, str) or not prompt.replace(PLACEHOLDER, "").strip():
             raise PromptError(f"The prompt must be a text that asks something, got {prompt!r}.")
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise PromptError(f"The prompt is not valid text: {prompt!r} holds bytes that are not UTF-8.")
         if self.context in prompt:
             raise PromptError(
                 f"The prompt holds the reserved token {self.context}; write {PLACEHOLDER} instead."
@@ -188,7 +198,7 @@ class Processor:
         flat = "".join(part.get("text", f"{self.context}\n") for part in content)
         if self.template is None:
             return flat
-        failure = ""
+        failure = f"does not put {self.context} once for each of {num_images} images"
         for message in (content, flat):  # some templates take parts, others only a string
             try:
                 text = self.tokenizer.apply_chat_template(
@@ -198,14 +208,11 @@ class Processor:
                     tokenize=False,
                 )
             except Exception as error:  # Jinja and the template itself raise what they like
-                failure = f" ({error})"
+                failure = f"fails: {hf.first_line(error)}"
                 continue
             if text.count(self.context) == num_images:
                 return text
-        raise PromptError(
-            f"The checkpoint's chat template does not put {self.context} once for each of {num_images} "
-            f"images{failure}."
-        )
+        raise CheckpointError(f"The checkpoint's chat template {failure}.")
 
     def _tiles(self, sources: Sequence[Any]) -> tuple[Tensor, list[int]]:
         """Return all tiles (tiles, 3, height, width) and how many each image has."""

@@ -4,14 +4,14 @@
 
 Every question is answered by the small VLM, by the unpruned large VLM, and by the large VLM pruned at each
 setting under each ranking. An answer counts when it is the true one, letter for letter. Intervals are 95 %
-bootstrap intervals over questions.
+bootstrap intervals; scenes are drawn, not questions: the questions about a scene share its difficulty.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -96,10 +96,12 @@ def collect(pipe: SGLPipeline, split: str, questions: int) -> list[dict[str, Any
     return rows
 
 
-def interval(right: np.ndarray) -> tuple[float, float, float]:
-    """Return mean and 95 % bootstrap interval of per-question results (questions,)."""
-    draws = np.random.default_rng(0).integers(0, len(right), (_RESAMPLES, len(right)))
-    low, high = np.percentile(right[draws].mean(1), [2.5, 97.5])
+def interval(right: np.ndarray, scenes: np.ndarray) -> tuple[float, float, float]:
+    """Return mean and 95 % bootstrap interval of per-question results (questions,) asked about ``scenes``."""
+    _, scene = np.unique(scenes, return_inverse=True)
+    total, count = np.bincount(scene, weights=right), np.bincount(scene)
+    draws = np.random.default_rng(0).integers(0, len(total), (_RESAMPLES, len(total)))
+    low, high = np.percentile(total[draws].sum(1) / count[draws].sum(1), [2.5, 97.5])
     return float(right.mean()), float(low), float(high)
 
 
@@ -110,6 +112,7 @@ def exit_curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     small, large = _right(rows, "small"), _right(rows, f"guided {EXIT_SETTING}")
     score = np.array([row["score"] for row in rows])
+    scenes = np.array([row["scene"] for row in rows])
     order = np.argsort(-score, kind="stable")
     points = []
     for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
@@ -119,8 +122,8 @@ def exit_curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "share": share,
                 "threshold": float(score[exits].min()),
-                "early exit": interval(np.where(exits, small, large)),
-                "random routing": interval(share * small + (1 - share) * large),
+                "early exit": interval(np.where(exits, small, large), scenes),
+                "random routing": interval(share * small + (1 - share) * large, scenes),
             }
         )
     return points
@@ -150,13 +153,16 @@ def _percent(values: tuple[float, float, float]) -> str:
 
 
 def _table_row(title: str, ranking: str, rows: list[dict[str, Any]], name: str) -> str:
+    scenes = np.array([row["scene"] for row in rows])
     by_kind = (f"{100 * _right([r for r in rows if r['kind'] == kind], name).mean():.1f}" for kind in KINDS)
-    return f"| {title} | {ranking} | {_percent(interval(_right(rows, name)))} | {' | '.join(by_kind)} |"
+    return (
+        f"| {title} | {ranking} | {_percent(interval(_right(rows, name), scenes))} | {' | '.join(by_kind)} |"
+    )
 
 
 def main(
     questions: Annotated[int, typer.Option(help="How many held-out questions.", min=20)] = 2000,
-    split: Annotated[str, typer.Option(help="test or calibration.")] = "test",
+    split: Annotated[Literal["test", "calibration"], typer.Option(help="Which scenes.")] = "test",
     small: Annotated[Path, typer.Option(help="Checkpoint of the small VLM.")] = SMALL,
     large: Annotated[Path, typer.Option(help="Checkpoint of the large VLM.")] = LARGE,
     out: Annotated[Path, typer.Option(help="Every answer goes to OUT.json, the tables to OUT.md.")] = Path(

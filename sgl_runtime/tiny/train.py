@@ -4,16 +4,18 @@
     python -m sgl_runtime.tiny.train large language
 
 The vision tower learns from throwaway heads that name the shape under the patches near each label's centre,
-in crowded scenes. The language model then learns to continue questions and answers, with the tower frozen:
-attention is never supervised and no token is dropped. Every step's scenes follow from the step number, so a
-stopped run goes on where it was.
+in crowded scenes. The language model then learns to continue questions and answers, with the tower frozen;
+attention is never supervised. A second loss pulls the projection of a patch near a label towards the
+embeddings of the four words that describe it. Training starts with few visual tokens, those near labels among
+them (``--visual-tokens``), and ends with all. Every step's scenes follow from the step number, so a stopped
+run goes on where it was.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,6 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import InternVLForConditionalGeneration
+
+from sgl_runtime.files import whole_file
 
 from . import recipe
 from .scenes import COLORS, DIGITS, LETTERS, SHAPES, SIZE, Scene, ask, make_scene
@@ -94,14 +98,18 @@ class LanguageTask(nn.Module):
     """Answers SLOTS questions about each image in one packed row; each question sees the image and itself."""
 
     model: InternVLForConditionalGeneration
+    words: Tensor
     mask: Tensor
     positions: Tensor
 
-    def __init__(self, model: InternVLForConditionalGeneration) -> None:
+    def __init__(
+        self, model: InternVLForConditionalGeneration, visual_tokens: int = recipe.VISUAL_TOKENS
+    ) -> None:
         super().__init__()
         self.model = model
+        self.visual_tokens = visual_tokens
         self.prefix = [recipe.START, _words()("user").input_ids[0], recipe.IMAGE_START]
-        self.prefix += [recipe.IMAGE] * recipe.VISUAL_TOKENS + [recipe.IMAGE_END]
+        self.prefix += [recipe.IMAGE] * visual_tokens + [recipe.IMAGE_END]
         # Each slot: question, <|im_end|> <|im_start|> assistant, answer, <|im_end|>.
         lengths = [QUESTION_LENGTH[kind] + 3 + ANSWER_LENGTH[kind] + 1 for kind in SLOTS]
         owner = torch.cat(
@@ -109,9 +117,12 @@ class LanguageTask(nn.Module):
         )
         causal = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
         visible = (owner[:, None] == owner[None]) | (owner[None] == 0)
-        start = len(self.prefix)
-        positions = [torch.arange(start), *(torch.arange(start, start + n) for n in lengths)]
+        dropped = recipe.VISUAL_TOKENS - visual_tokens
+        start = len(self.prefix) + dropped
+        positions = [torch.arange(len(self.prefix)), *(torch.arange(start, start + n) for n in lengths)]
+        positions[0][-1] += dropped
         mask = torch.zeros(causal.shape).masked_fill(~(causal & visible), -1e9)
+        self.register_buffer("words", _words_of_classes(), persistent=False)
         self.register_buffer("mask", mask[None, None], persistent=False)
         self.register_buffer("positions", torch.cat(positions)[None], persistent=False)
 
@@ -121,20 +132,35 @@ class LanguageTask(nn.Module):
         ids, targets = (t.to(device) for t in self.rows(scenes, rng))
         with torch.no_grad():
             tower = inner.vision_tower(pixel_values=pixels(scenes).to(device)).last_hidden_state[:, 1:]
-        visual = inner.multi_modal_projector(tower)
+        labels = VisionTask.labels(scenes)  # (batch, VISUAL_TOKENS, 4)
+        shown = self.shown(labels, rng)  # (batch, visual tokens)
+        labels = labels.gather(1, shown[..., None].expand(-1, -1, 4)).to(device)
+        shown = shown.to(device)
+        visual = inner.multi_modal_projector(tower.gather(1, shown[..., None].expand(-1, -1, tower.shape[2])))
         embeddings = inner.language_model.embed_tokens(ids)
+        near = labels[..., 0] > 0
+        words = self.words[labels[near], torch.arange(4, device=device)]  # (patches near labels, 4)
+        meant = inner.language_model.embed_tokens.weight.detach()[words].sum(1) / 2
+        align = F.mse_loss(visual[near].float(), meant)
         first = self.prefix.index(recipe.IMAGE)
-        tail = embeddings[:, first + recipe.VISUAL_TOKENS :]
+        tail = embeddings[:, first + self.visual_tokens :]
+        positions = self.positions.repeat(len(scenes), 1)
+        positions[:, first : first + self.visual_tokens] = first + shown
         embeddings = torch.cat([embeddings[:, :first], visual.to(embeddings.dtype), tail], dim=1)
         hidden = inner.language_model(
-            inputs_embeds=embeddings, attention_mask=self.mask, position_ids=self.positions, use_cache=False
+            inputs_embeds=embeddings, attention_mask=self.mask, position_ids=positions, use_cache=False
         ).last_hidden_state
         counted = targets != IGNORE
         logits = self.model.lm_head(hidden[counted]).float()
-        loss = F.cross_entropy(logits, targets[counted])
+        loss = F.cross_entropy(logits, targets[counted]) + align
         right = torch.ones_like(targets, dtype=torch.bool)
         right[counted] = logits.argmax(-1) == targets[counted]
         return loss, self._accuracy(right, counted)
+
+    def shown(self, labels: Tensor, rng: np.random.Generator) -> Tensor:
+        """Which visual tokens are shown, (batch, visual_tokens) ascending: near labels first, then random."""
+        order = (labels[..., 0] > 0) + torch.from_numpy(rng.random(labels.shape[:2]))
+        return order.topk(self.visual_tokens).indices.sort(1).values
 
     def rows(self, scenes: list[Scene], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Token ids and next-token targets, both (batch, row length).
@@ -171,6 +197,17 @@ class LanguageTask(nn.Module):
             out.setdefault(kind, []).extend(right[asked, answer:end].all(1).float().tolist())
             place = end
         return {kind: sum(values) / max(1, len(values)) for kind, values in out.items()}
+
+
+def _words_of_classes() -> Tensor:
+    """Token id of each class of each head of `VisionTask`, (classes + 1, 4); class 0 has none."""
+    names = (COLORS, SHAPES, LETTERS, DIGITS)
+    table = torch.zeros(len(LETTERS) + 1, 4, dtype=torch.long)
+    for column, words in enumerate(names):
+        for row, word in enumerate(words, start=1):
+            # A digit follows its letter without a space: its token is the second of a label.
+            table[row, column] = _words()(f"A{word}" if column == 3 else word).input_ids[-1]
+    return table
 
 
 @functools.cache
@@ -215,9 +252,8 @@ def _save(
         for key in ("exp_avg", "exp_avg_sq"):
             state[f"{key}.{name}"] = optimizer.state[parameter][key].contiguous()
     state["step"] = torch.tensor(step)
-    partial = path.with_suffix(".partial")
-    save_file(state, partial)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        save_file(state, partial)
 
 
 def _restore(
@@ -246,6 +282,9 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = 4000,
     batch: Annotated[int, typer.Option(help="Images a step.", min=1)] = 16,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    visual_tokens: Annotated[
+        int, typer.Option(help="How many the language model is shown.", min=1, max=recipe.VISUAL_TOKENS)
+    ] = recipe.VISUAL_TOKENS,
     seed: int = 0,
     compile: Annotated[bool, typer.Option(help="torch.compile the language model.")] = False,
 ) -> None:
@@ -271,7 +310,7 @@ def main(
     state = load_file(vision_state)
     vision.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
     model.model.vision_tower.requires_grad_(False)
-    task = LanguageTask(model).to(device)
+    task = LanguageTask(model, visual_tokens).to(device)
     if compile:
         model.model.language_model.compile()
 
@@ -287,8 +326,12 @@ def export(model: InternVLForConditionalGeneration, path: Path) -> None:
     model.generation_config.eos_token_id = recipe.END
     model.generation_config.pad_token_id = recipe.PAD
     model.generation_config.bos_token_id = None
-    model.half().save_pretrained(path)
-    recipe.save_processing(path)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.half().save_pretrained(partial)
+    recipe.save_processing(partial)
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,13 @@ def test_bad_images(sgl_vlm, pair: Pair, tmp_path: Path, kind: str, says: str) -
         ({"prompt": "  "}, "prompt"),
         ({"small": "/nowhere"}, "/nowhere"),
         ({"device": "abacus"}, "abacus"),
+        ({"device": "cuda:99"}, "CUDA devices"),
+        ({"device": "meta"}, "meta"),
+        ({"small": "~no-such-user/x"}, "no-such-user"),
+        ({"image": "~no-such-user/x.png"}, "no-such-user"),
+        ({"save_map": "/proc/map.png"}, "cannot be written"),
+        ({"save_map": "/tmp"}, "is a directory"),
+        ({"prompt": "caf\udce9"}, "UTF-8"),
         ({"dtype": "int3"}, "int3"),
     ],
 )
@@ -156,6 +164,17 @@ def test_map_of_two_images_is_refused_before_anything_loads(sgl_vlm, picture: st
     code, _, err = sgl_vlm(*arguments, "--image", picture)
     assert code == 2
     assert "--save-map draws one image" in err
+
+
+def test_a_wrong_backend_is_bad_input() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sgl_runtime.cli", "env"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "SGL_KERNELS_BACKEND": "abacus"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("sgl-vlm: error: SGL_KERNELS_BACKEND is 'abacus'")
 
 
 def test_env_is_readable_and_json(sgl_vlm) -> None:

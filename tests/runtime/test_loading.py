@@ -269,14 +269,38 @@ def test_rotary_types(rope: dict[str, Any]) -> None:
     assert engine.generate(engine.encode(engine.prompt(inputs)), 8).token_ids == slow.greedy(model, inputs, 8)
 
 
+def test_generation_settings_are_checked_at_load(directory: Path) -> None:
+    path = directory / "generation_config.json"
+    path.write_text(json.dumps({"repetition_penalty": 0.0}))
+    with pytest.raises(CheckpointError, match="generation settings"):
+        SGLPipeline.from_pretrained(directory, directory)
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_half_a_config_is_refused(directory: Path, part: str) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    del config[part]
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=part):
+        hf.load_model(directory, torch.device("cpu"), torch.float32)
+
+
 def test_layer_is_checked_against_the_large_model(pair: tuple[Path, Path]) -> None:
     with pytest.raises(ConfigError, match="layers are 0 to 5"):
         SGLPipeline.from_pretrained(*pair, config=SGLConfig(prune_layer=6), device="cpu")
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype"), [("warp", "auto"), ("cpu", "int8"), ("cpu", torch.int8), ("cpu", 3)]
+    ("device", "dtype"),
+    [
+        ("warp", "auto"),
+        ("meta", "auto"),
+        ("cuda:99", "auto"),
+        ("cpu", "int8"),
+        ("cpu", torch.int8),
+        ("cpu", 3),
+    ],
 )
 def test_device_and_dtype(pair: tuple[Path, Path], device: Any, dtype: Any) -> None:
-    with pytest.raises(ConfigError, match=r"device='warp'|is not supported; write 'auto'"):
+    with pytest.raises(ConfigError, match=r"device='warp'|is not supported; write 'auto'|CUDA devices"):
         SGLPipeline.from_pretrained(*pair, device=device, dtype=dtype)

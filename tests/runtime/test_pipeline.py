@@ -219,3 +219,10 @@ def test_import_is_cheap() -> None:
 
 def test_typing_marker_ships() -> None:
     assert (Path(sgl_runtime.__file__).parent / "py.typed").is_file()
+
+
+def test_inference_mode_does_not_poison_later_requests(bare: SGLPipeline) -> None:
+    inputs = slow.make_inputs(seed=4)
+    with torch.inference_mode():
+        first = bare.generate(inputs, inputs)
+    assert bare.generate(inputs, inputs).token_ids == first.token_ids

@@ -12,7 +12,7 @@ import torch
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 
-from sgl_runtime import hf
+from sgl_runtime import SGLPipeline, hf
 from sgl_runtime.errors import CheckpointError, PromptError
 from sgl_runtime.processing import Processor
 
@@ -153,8 +153,34 @@ def test_bad_prompts(images: list[Any], prompt: Any, message: str) -> None:
 
 @pytest.mark.parametrize("template", ["no content at all", "{{ raise_exception('never') }}"])
 def test_a_template_without_images_is_refused(template: str) -> None:
-    with pytest.raises(PromptError, match="chat template"):
+    with pytest.raises(CheckpointError, match="chat template"):
         _ours(template)(picture(), "x")
+
+
+def test_the_checkpoints_template_goes_before_the_tokenizers(tmp_path: Path) -> None:
+    """As transformers' InternVLProcessor does, which reads chat_template.json."""
+    directory = save_checkpoint(tmp_path / "one", template="tokenizer's <IMG_CONTEXT>")
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    config["chat_template"] = "tokenizer's <IMG_CONTEXT>"
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": "checkpoint's <IMG_CONTEXT>"}))
+    processor = SGLPipeline.from_pretrained(directory, directory).large_processor
+    assert processor is not None
+    ids = processor(picture(), "x")["input_ids"][0]
+    assert processor.tokenizer.decode(ids).startswith("checkpoint's")
+
+
+@pytest.mark.parametrize("settings", [{"size": "x"}, {"image_mean": [0.5]}, {"resample": 77}])
+def test_image_settings_that_do_not_work_are_a_bad_checkpoint(tmp_path: Path, settings: dict) -> None:
+    directory = save_checkpoint(tmp_path / "one", settings=settings)
+    with pytest.raises(CheckpointError, match="image settings"):
+        SGLPipeline.from_pretrained(directory, directory)
+
+
+def test_a_prompt_that_is_not_text_is_refused() -> None:
+    with pytest.raises(PromptError, match="not UTF-8"):
+        _ours()(picture(), "caf\udce9")
 
 
 def test_decode() -> None:

@@ -71,7 +71,8 @@ def test_exit_curve_routes_by_score() -> None:
     """Ten questions, the five surest of them right: exits cost nothing up to one half."""
     guided = f"guided {evaluate.EXIT_SETTING}"
     rows = [
-        {"truth": "a", "small": "a" if i < 5 else "b", guided: "a", "score": 1 - i / 10} for i in range(10)
+        {"scene": i, "truth": "a", "small": "a" if i < 5 else "b", guided: "a", "score": 1 - i / 10}
+        for i in range(10)
     ]
     points = {point["share"]: point for point in evaluate.exit_curve(rows)}
     assert points[0.5]["early exit"][0] == 1.0
@@ -82,7 +83,15 @@ def test_exit_curve_routes_by_score() -> None:
 
 def test_interval_covers_a_binomial_mean() -> None:
     right = np.array([1.0] * 80 + [0.0] * 20)
-    mean, low, high = evaluate.interval(right)
+    mean, low, high = evaluate.interval(right, np.arange(100))
     assert mean == pytest.approx(0.8)
     assert low == pytest.approx(0.8 - 1.96 * 0.04, abs=0.02)
     assert high == pytest.approx(0.8 + 1.96 * 0.04, abs=0.02)
+
+
+def test_interval_counts_scenes_that_answer_as_one_once() -> None:
+    """Four copies of each question tell no more than one: the interval is that of 25 questions."""
+    right = np.repeat([1.0] * 20 + [0.0] * 5, 4)
+    mean, low, high = evaluate.interval(right, np.repeat(np.arange(25), 4))
+    assert mean == pytest.approx(0.8)
+    assert high - low == pytest.approx(2 * 1.96 * 0.08, abs=0.04)
