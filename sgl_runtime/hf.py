@@ -6,7 +6,8 @@ Nothing else in this package reaches into a transformers model, so a new transfo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,15 +154,16 @@ def load_model(source: str | Path, device: torch.device, dtype: torch.dtype) -> 
         config = InternVLConfig.from_pretrained(directory, local_files_only=True)
         if _holds_lm_head(files):  # InternVLConfig ties by default, whatever the checkpoint holds
             config.tie_word_embeddings = False
-        model, info = loader.from_pretrained(
-            directory,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with _bar_for(files):
+            model, info = loader.from_pretrained(
+                directory,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # transformers and safetensors raise many kinds; each means: cannot be loaded
         raise CheckpointError(f"{directory} could not be loaded: {first_line(error)}") from error
     _check_tensors(directory, info)
@@ -302,6 +304,21 @@ def _safetensors(directory: Path) -> list[Path]:
             "when loaded and are refused. Convert the checkpoint to safetensors on a machine that trusts it."
         )
     raise CheckpointError(f"{directory} holds no weights: expected model.safetensors or its shards.")
+
+
+@contextmanager
+def _bar_for(files: list[Path]) -> Iterator[None]:
+    """Show transformers' loading bar only where loading takes seconds."""
+    from transformers.utils import logging
+
+    if sum(path.stat().st_size for path in files) > 1 << 30 or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _holds_lm_head(files: list[Path]) -> bool:
