@@ -1,6 +1,6 @@
 """How good the tiny pair is, with and without pruning and early exit, on scenes never seen in training.
 
-    python -m sgl_runtime.tiny.evaluate --questions 2000
+    python -m sgl_runtime.tiny.evaluate --scenes 300
 
 Every question is answered by the small VLM, by the unpruned large VLM, and by the large VLM pruned at each
 setting under each ranking. An answer counts when it is the true one, letter for letter. Intervals are 95 %
@@ -10,6 +10,7 @@ bootstrap intervals; scenes are drawn, not questions: the questions about a scen
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -78,21 +79,14 @@ def answer_question(pipe: SGLPipeline, image: Any, prompt: str, seed: int) -> di
     return out
 
 
-def collect(pipe: SGLPipeline, split: str, questions: int) -> list[dict[str, Any]]:
-    """Answer ``questions`` questions about the first scenes of ``split``."""
+def collect(pipe: SGLPipeline, split: str, scenes: Sequence[int]) -> list[dict[str, Any]]:
+    """Answer QUESTIONS_PER_SCENE questions about each of these scenes of ``split``."""
     rows: list[dict[str, Any]] = []
-    with tqdm(total=questions, desc=f"{split} scenes", unit="question") as bar:
-        for index in range(-(-questions // QUESTIONS_PER_SCENE)):
-            scene = make_scene(split, index, QUESTIONS_PER_SCENE)
-            for number, question in enumerate(scene.questions[: questions - len(rows)]):
-                row = {
-                    "scene": index,
-                    "kind": question.kind,
-                    "prompt": question.text,
-                    "truth": question.answer,
-                }
-                rows.append(row | answer_question(pipe, scene.image, question.text, 1000 * index + number))
-                bar.update()
+    for index in tqdm(scenes, desc=f"{split} scenes", unit="scene"):
+        scene = make_scene(split, index, QUESTIONS_PER_SCENE)
+        for number, question in enumerate(scene.questions):
+            asked = {"scene": index, "kind": question.kind, "prompt": question.text, "truth": question.answer}
+            rows.append(asked | answer_question(pipe, scene.image, question.text, 1000 * index + number))
     return rows
 
 
@@ -161,7 +155,7 @@ def _table_row(title: str, ranking: str, rows: list[dict[str, Any]], name: str) 
 
 
 def main(
-    questions: Annotated[int, typer.Option(help="How many held-out questions.", min=20)] = 2000,
+    scenes: Annotated[int, typer.Option(help="How many scenes, of four questions each.", min=5)] = 300,
     split: Annotated[Literal["test", "calibration"], typer.Option(help="Which scenes.")] = "test",
     small: Annotated[Path, typer.Option(help="Checkpoint of the small VLM.")] = SMALL,
     large: Annotated[Path, typer.Option(help="Checkpoint of the large VLM.")] = LARGE,
@@ -170,7 +164,7 @@ def main(
     ),
 ) -> None:
     """Measure the pair and print the tables."""
-    rows = collect(SGLPipeline.from_pretrained(small, large), split, questions)
+    rows = collect(SGLPipeline.from_pretrained(small, large), split, range(scenes))
     with whole_file(out.with_suffix(".json")) as partial:
         partial.write_text(json.dumps(rows), encoding="utf-8")
     text = report(rows)
