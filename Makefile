@@ -29,8 +29,8 @@ tiny: $(VENV)/.installed
 	$(TRAIN) small language --steps 9000 --batch 8 --lr 2e-3 --compile --visual-tokens 40
 	$(TRAIN) small language --steps 9700 --batch 8 --lr 5e-3 --compile
 	$(TRAIN) large vision --steps 2500 --lr 1.5e-3
-	$(TRAIN) large language --steps 5800 --batch 8 --lr 1.5e-3 --compile --visual-tokens 40
-	$(TRAIN) large language --steps 6150 --batch 8 --lr 1e-2 --compile
+	$(TRAIN) large language --steps 5000 --batch 8 --lr 1.5e-3 --compile --visual-tokens 40
+	$(TRAIN) large language --steps 5450 --batch 8 --lr 1e-2 --compile
 	$(BIN)/python -m sgl_runtime.tiny.evaluate --small runs/tiny/small --large runs/tiny/large
 
 clean:
