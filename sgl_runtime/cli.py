@@ -43,7 +43,7 @@ def main() -> None:
 @app.command(epilog="Example: sgl-vlm demo --out pictures")
 def demo(
     out: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("sgl-vlm-demo"),
-    keep_ratio: KeepRatio = 0.09,
+    keep_ratio: KeepRatio = 0.05,
     prune_layer: PruneLayer = "0",
     exit_threshold: ExitThreshold = 0.9,
     as_json: AsJson = False,
