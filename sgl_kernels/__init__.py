@@ -1,4 +1,4 @@
-"""Fused ops of SGL: attention mass at the price of attention, exact token selection, one-pass token scores.
+"""Fused ops of SGL: attention mass without an attention matrix, exact token selection, one-pass token scores.
 
 >>> import torch
 >>> from sgl_kernels import select_tokens
