@@ -100,11 +100,11 @@ def run(
     from sgl_runtime.images import open_image
 
     config = _config(keep_ratio, prune_layer, exit_threshold, max_new_tokens)
-    if save_map is not None and len(image) != 1:
-        raise ConfigError(
-            f"--save-map draws one image, got {len(image)}. Leave it out or ask about one image."
-        )
     if save_map is not None:
+        if len(image) != 1:
+            raise ConfigError(
+                f"--save-map draws one image, got {len(image)}. Leave it out or ask about one image."
+            )
         _check_target(save_map)
     opened = [open_image(path) for path in image]  # before the models, which may take minutes to load
     pipe = _pipeline(small, large, config, device=device, dtype=dtype)

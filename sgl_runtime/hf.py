@@ -264,6 +264,27 @@ def _processors(generation_config: Any, prompt_length: int, eos_ids: frozenset[i
     return found
 
 
+def load_tokenizer(directory: Path) -> Any:
+    """Return the tokenizer beside a checkpoint; raises whatever transformers raises."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def image_processor(**settings: Any) -> Any:
+    """Return InternVL's image processor in its PIL form, the one that needs no torchvision."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    return GotOcr2ImageProcessorPil(**settings)
+
+
+def tiled_canvas(size: tuple[int, int], tile: tuple[int, int], fewest: int, most: int) -> tuple[int, int]:
+    """Return (columns, rows) of the tiles that an image of ``size`` (height, width) is cut into."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+    return get_optimal_tiled_canvas(size, tile, fewest, most)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in ``path``; CheckpointError when it cannot be read."""
     try:

@@ -62,13 +62,11 @@ class Processor:
         tokens_per_tile: int,
         template: str | None = None,
     ) -> None:
-        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-
         self.tokenizer = tokenizer
         self.tokens_per_tile = tokens_per_tile
         template = template or tokenizer.chat_template
         self.template = template.get("default") if isinstance(template, dict) else template
-        self.image_processor = GotOcr2ImageProcessorPil(**image_settings)
+        self.image_processor = hf.image_processor(**image_settings)
         self.start, self.end, self.context = (
             getattr(tokenizer, name, None) or default for name, default in _TOKENS.items()
         )
@@ -82,14 +80,12 @@ class Processor:
         CheckpointError
             No tokenizer, no image settings, or ones that do not belong to the model.
         """
-        from transformers import AutoTokenizer
-
         if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
             raise CheckpointError(
                 f"{directory} holds no tokenizer: expected tokenizer.json and tokenizer_config.json."
             )
         try:
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            tokenizer = hf.load_tokenizer(directory)
         except Exception as error:  # transformers raises many kinds; each means: no usable tokenizer
             raise CheckpointError(
                 f"{directory}: the tokenizer could not be loaded ({hf.first_line(error)})."
@@ -156,16 +152,12 @@ class Processor:
 
         The tokens of a tile are a square grid, row by row; a thumbnail of the whole image is the last tile.
         """
-        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
-
         settings: Any = self.image_processor
         if not settings.crop_to_patches or settings.max_patches <= 1:
             return 1, 1, False
         width, height = open_image(image).size
         tile = (settings.size.height, settings.size.width)
-        columns, rows = get_optimal_tiled_canvas(
-            (height, width), tile, settings.min_patches, settings.max_patches
-        )
+        columns, rows = hf.tiled_canvas((height, width), tile, settings.min_patches, settings.max_patches)
         return columns, rows, columns * rows > 1
 
     def _content(self, prompt: str, num_images: int) -> list[dict[str, str]]:

@@ -15,6 +15,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from sgl_runtime import hf
+
 from .scenes import COLORS, DIGITS, LETTERS, SHAPES, SIZE
 
 PATCH = 16
@@ -141,8 +143,8 @@ def _start_by_content(model: InternVLForConditionalGeneration, size: Size) -> No
     """Let attention start by looking for its like and copying it: mimetic initialisation, arXiv 2305.09828.
 
     Keys are the projection of the first query head of their group, outputs the transpose of values, and
-    logits the likeness to each word. From plain fan-in initialisation the same models had not begun to look
-    anything up after a thousand steps.
+    logits the likeness to each word. Plain fan-in initialisation leaves the models on a long plateau before
+    they look anything up.
     """
     group = size.heads // size.kv_heads
     for layer in model.model.language_model.layers:
@@ -168,10 +170,8 @@ def _sincos_grid(side: int, width: int) -> torch.Tensor:
 
 def save_processing(path: Path) -> None:
     """Tokenizer, chat template and image settings, as they stand beside any checkpoint of the hub."""
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-
     build_tokenizer().save_pretrained(path)
-    GotOcr2ImageProcessorPil(
+    hf.image_processor(
         size={"height": SIZE, "width": SIZE},
         crop_to_patches=False,
         image_mean=[MEAN] * 3,

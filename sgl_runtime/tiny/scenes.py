@@ -228,5 +228,5 @@ def _add_noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 @functools.cache
 def _noise_field(sigma: int) -> np.ndarray:
-    """Normal noise to cut from, (768, 768, 3) int16: drawing it afresh would be half of a scene's time."""
+    """Normal noise to cut from, (768, 768, 3) int16: drawing it afresh for each scene is slow."""
     return np.random.default_rng(sigma).normal(0, sigma, (768, 768, 3)).round().astype(np.int16)
