@@ -71,7 +71,7 @@ class Scene:
     questions: tuple[Question, ...]
 
 
-def make_scene(split: str, index: int, questions: int = 4, crowd: tuple[int, int] = (4, 9)) -> Scene:
+def make_scene(split: str, index: int, questions: int = 4, crowd: tuple[int, int] = (7, 13)) -> Scene:
     """Render scene ``index`` of ``split`` (a key of SPLITS) and ask that many ``questions`` about it.
 
     ``crowd`` bounds the number of items; fewer are placed where no room is left.
@@ -206,7 +206,7 @@ def _shape_mask(shape: str, size: int) -> tuple[Image.Image, tuple[int, int]]:
 def _draw_label(
     image: Image.Image, text: str, x: int, y: int, ink: tuple[int, int, int], rng: np.random.Generator
 ) -> None:
-    mask = _label_mask(text, int(rng.integers(len(_FONT_FILES))), int(rng.integers(18, 23)))
+    mask = _label_mask(text, int(rng.integers(len(_FONT_FILES))), int(rng.integers(20, 25)))
     image.paste(ink, (x - mask.width // 2, y - mask.height // 2), mask)
 
 

@@ -14,7 +14,6 @@ run goes on where it was.
 from __future__ import annotations
 
 import functools
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -217,7 +216,7 @@ def _words() -> Callable:
 
 
 def fit(task: nn.Module, path: Path, *, steps: int, lr: float, scenes: Callable[[int], list[Scene]]) -> None:
-    """AdamW with warm-up and cosine decay; state is written to ``path`` so that a stopped run resumes."""
+    """AdamW, warm-up, linear decay over the last quarter; a run resumes from its state in ``path``."""
     named = {name: p for name, p in task.named_parameters() if p.requires_grad}
     decay = [p for p in named.values() if p.ndim > 1]
     rest = [p for p in named.values() if p.ndim <= 1]
@@ -228,7 +227,7 @@ def fit(task: nn.Module, path: Path, *, steps: int, lr: float, scenes: Callable[
     running: dict[str, float] = {}
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=path.stem, mininterval=10)
     for step in bar:
-        rate = lr * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        rate = lr * min(1.0, (step - first + 1) / 200, 4 * (steps - step) / steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
         with torch.autocast(device, torch.bfloat16):
