@@ -1,27 +1,43 @@
+"""Which implementation the suite runs against; kernel_helpers names the device and the sizes.
+
+SGL_TEST_LIBRARY=path.so   load this with torch.ops.load_library first: kernels that register themselves for
+                           the test device, as an emulated CUDA build does (SGL_KERNELS_BACKEND=reference)
+"""
+
 import os
 
 import pytest
 import torch
+from kernel_helpers import DEVICE
 
-from sgl_kernels import backend
+from sgl_kernels import backend, collect_env, registry
+
+LIBRARY = os.environ.get("SGL_TEST_LIBRARY")
+if LIBRARY:
+    torch.ops.load_library(LIBRARY)
 
 _extension = backend.extension("_C")
-ISAS = _extension.build_info()["isas"] if _extension else ["reference"]
+_serving = LIBRARY or collect_env()["backends"]["decode_attention"]
+_cpu_extension_serves = DEVICE == "cpu" and "cpu" in _serving.split(", ") and _extension is not None
+ISAS = _extension.build_info()["isas"] if _cpu_extension_serves else [os.path.basename(_serving)]
 
 
-def require_extension():
+def pytest_configure(config):
+    if torch.device(DEVICE).type == "cuda" and not torch.cuda.is_available():
+        pytest.exit(f"SGL_TEST_DEVICE is {DEVICE!r}, but torch {torch.__version__} sees no CUDA device", 2)
+
+
+def missing_kernel(what):
     """In CI, kernels that did not compile are a failure, not a reason to test less."""
-    if _extension is not None:
-        return
     if os.environ.get("CI", "").lower() not in ("", "0", "false"):
-        pytest.fail("sgl_kernels._C is not loaded, and CI is set", pytrace=False)
-    pytest.skip("sgl_kernels._C is not loaded")
+        pytest.fail(f"{what}, and CI is set", pytrace=False)
+    pytest.skip(what)
 
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    """Runs the test once per vector width that this build and this CPU have."""
-    if _extension is None:
+    """Runs the test once per vector width of the CPU extension; once where something else serves the ops."""
+    if not _cpu_extension_serves:
         yield request.param
         return
     before = _extension.build_info()["isa"]
@@ -31,14 +47,28 @@ def isa(request):
 
 
 @pytest.fixture
-def compiled():
-    """Skips what only the compiled kernels promise: the same bits however work is divided or batched."""
-    require_extension()
+def compiled(request):
+    """Skips what only compiled kernels promise: the same bits however work is divided or batched.
+
+    A module names the ops it is about in `OPS`; one that names none is about the CPU extension itself.
+    """
+    key = torch.device(DEVICE).type.upper()
+    for op in getattr(request.module, "OPS", ()):
+        if not registry.has_kernel(op, key):
+            missing_kernel(f"{op} is served by the reference on {DEVICE}")
+    if not hasattr(request.module, "OPS") and _extension is None:
+        missing_kernel("sgl_kernels._C is not loaded")
 
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads; restored afterwards."""
+    """Thread counts, each in force while it is looked at; where another backend serves the ops, two runs."""
     before = torch.get_num_threads()
-    yield torch.set_num_threads
+
+    def each(*counts):
+        for count in counts if _cpu_extension_serves else (before, before):
+            torch.set_num_threads(count)
+            yield count
+
+    yield each
     torch.set_num_threads(before)

@@ -1,9 +1,22 @@
-"""Inputs and the tolerance rule that all op tests share."""
+"""Inputs and the tolerance rule that all op tests share.
+
+SGL_TEST_DEVICE   where the ops run, by default cpu; inputs are drawn on the CPU, the same for every device
+SGL_TEST_SMALL=1  fewer and shorter cases for slow executors (Triton's interpreter, an emulator of CUDA):
+                  every value of every axis stays, not every combination
+"""
 
 from __future__ import annotations
 
+import itertools
+import os
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
+
+DEVICE = os.environ.get("SGL_TEST_DEVICE", "cpu")
+SMALL = os.environ.get("SGL_TEST_SMALL", "0") not in ("", "0")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -19,6 +32,32 @@ GEOMETRIES = [
     (9, 1, 256),
     (4, 2, 7),
 ]
+
+# Factories of the tests. Nothing sets torch's default device: that would hide an op that forgets its own.
+arange = partial(torch.arange, device=DEVICE)
+empty = partial(torch.empty, device=DEVICE)
+full = partial(torch.full, device=DEVICE)
+ones = partial(torch.ones, device=DEVICE)
+tensor = partial(torch.tensor, device=DEVICE)
+zeros = partial(torch.zeros, device=DEVICE)
+int32 = partial(tensor, dtype=torch.int32)
+
+
+def span(start: int, stop: int | None = None, batch: int = 1) -> Tensor:
+    """(batch, positions) int32: start to stop, or 0 to start, for each request alike."""
+    bounds = (0, start) if stop is None else (start, stop)
+    return arange(*bounds, dtype=torch.int32).repeat(batch, 1)
+
+
+def size(usual: int, small: int) -> int:
+    return small if SMALL else usual
+
+
+def combinations(*axes: Sequence) -> list[tuple]:
+    """Every combination of the axes; in a small run every value of each axis, in as few cases as possible."""
+    if not SMALL:
+        return list(itertools.product(*axes))
+    return [tuple(axis[i % len(axis)] for axis in axes) for i in range(max(map(len, axes)))]
 
 
 def assert_as_accurate(name: str, ours: Tensor, truth: Tensor, plain: Tensor, unit: float = 0.0) -> None:
@@ -42,11 +81,15 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed)).to(dtype)
+    return torch.randn(*shape, generator=seeded(seed)).to(dtype).to(DEVICE)
 
 
-def int32(values: object) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=seeded(seed)).to(DEVICE)
+
+
+def permutation(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=seeded(seed)).to(DEVICE)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -3,31 +3,41 @@ import torch
 from kernel_helpers import (
     DTYPES,
     GEOMETRIES,
+    arange,
     assert_as_accurate,
+    combinations,
     decode_inputs,
+    full,
     int32,
     normal,
+    ones,
+    permutation,
     relative_error,
     same_bits,
+    size,
+    span,
+    zeros,
 )
 
 from sgl_kernels import compositions, decode_attention, reference
 
+OPS = ("decode_attention",)
+
 
 def run(op, q, k, v, seq_lens, visual_index, dtype=torch.float32):
     batch, heads, slots = q.shape[0], q.shape[1], visual_index.shape[1]
-    mass = torch.zeros(batch, slots, dtype=dtype)
-    head_mass = torch.zeros(batch, heads, slots, dtype=dtype)
+    mass = zeros(batch, slots, dtype=dtype)
+    head_mass = zeros(batch, heads, slots, dtype=dtype)
     out = op(q, k, v, seq_lens, visual_index=visual_index, mass=mass, head_mass=head_mass)
     return out, mass, head_mass
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), GEOMETRIES)
-def test_accuracy(isa, heads, kv_heads, dim, dtype):
+@pytest.mark.parametrize(("geometry", "dtype"), combinations(GEOMETRIES, DTYPES), ids=str)
+def test_accuracy(isa, geometry, dtype):
+    heads, kv_heads, dim = geometry
     slots = 600  # two whole splits and a part
     q, k, v = decode_inputs(2, heads, kv_heads, dim, slots, dtype)
-    visual_index = torch.randperm(slots, generator=torch.Generator().manual_seed(4))[:300].int().repeat(2, 1)
+    visual_index = permutation(slots, 4)[:300].int().repeat(2, 1)
     seq_lens = int32([slots, slots])
     out, mass, head_mass = run(decode_attention, q, k, v, seq_lens, visual_index)
     wide = [t.double() for t in (q, k, v)]
@@ -45,7 +55,7 @@ def test_accuracy(isa, heads, kv_heads, dim, dtype):
 def test_ragged_lengths_and_garbage_past_them(isa, dtype):
     lengths = [0, 1, 15, 255, 256, 257, 511]
     q, k, v = decode_inputs(len(lengths), 6, 2, 64, 512, dtype)
-    visual_index = torch.arange(3, 403, dtype=torch.int32).repeat(len(lengths), 1)
+    visual_index = span(3, 403, batch=len(lengths))
     wide = [t.double() for t in (q, k, v)]
     expected = run(reference.decode_attention, *wide, int32(lengths), visual_index, torch.float64)
     for b, length in enumerate(lengths):
@@ -62,14 +72,14 @@ def test_ragged_lengths_and_garbage_past_them(isa, dtype):
 def test_mass_is_conserved(isa):
     q, k, v = decode_inputs(3, 14, 2, 64, 700)
     lengths = int32([700, 300, 1])
-    _, mass, head_mass = run(decode_attention, q, k, v, lengths, torch.arange(700).int().repeat(3, 1))
-    torch.testing.assert_close(mass.sum(1), torch.full((3,), 14.0), rtol=1e-6, atol=0)
-    torch.testing.assert_close(head_mass.sum(2), torch.ones(3, 14), rtol=1e-6, atol=0)
+    _, mass, head_mass = run(decode_attention, q, k, v, lengths, span(700, batch=3))
+    torch.testing.assert_close(mass.sum(1), full((3,), 14.0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(head_mass.sum(2), ones(3, 14), rtol=1e-6, atol=0)
 
 
 def test_mass_is_added_to(isa):
     q, k, v = decode_inputs(1, 4, 2, 32, 100)
-    visual_index = torch.arange(50).int()[None]
+    visual_index = span(50)
     _, once, head_once = run(decode_attention, q, k, v, int32([100]), visual_index)
     mass, head_mass = once.clone(), head_once.clone()
     decode_attention(q, k, v, int32([100]), visual_index=visual_index, mass=mass, head_mass=head_mass)
@@ -83,7 +93,7 @@ def test_padding_duplicates_and_out_of_range_slots(isa):
     _, mass, _ = run(decode_attention, q, k, v, int32([60]), visual_index)
     assert mass[0, 0] > 0
     assert mass[0, 0] == mass[0, 2]
-    assert torch.equal(mass[0, [1, 3, 4, 5, 6, 7]], torch.zeros(6))
+    assert torch.equal(mass[0, [1, 3, 4, 5, 6, 7]], zeros(6))
 
 
 def test_length_out_of_range_is_clamped(isa):
@@ -97,12 +107,12 @@ def test_strided_inputs(isa, dtype):
     q = normal(2, 8, 64, seed=1, dtype=dtype)[..., :32]
     cache = normal(2, 300, 2, 4, 48, seed=2, dtype=dtype)  # (B, S, K or V, Hkv, D + padding)
     k, v = (cache[:, :, i].transpose(1, 2)[..., :32] for i in (0, 1))
-    wide_index = torch.arange(400).int().reshape(2, 200)
+    wide_index = arange(400, dtype=torch.int32).reshape(2, 200)
     visual_index = wide_index[:, ::2]
-    mass = torch.zeros(2, 300)[:, 100:200]
+    mass = zeros(2, 300)[:, 100:200]
     lens = int32([300, 0, 200, 0])[::2]
     out = decode_attention(q, k, v, lens, visual_index=visual_index, mass=mass)
-    dense_mass = torch.zeros(2, 100)
+    dense_mass = zeros(2, 100)
     dense = decode_attention(
         *(t.contiguous() for t in (q, k, v, lens)), visual_index=visual_index.contiguous(), mass=dense_mass
     )
@@ -123,7 +133,7 @@ def test_non_finite_logits_behave_as_in_softmax(isa, value, where):
     q, k, v = decode_inputs(1, 2, 1, 16, 300)
     q[0, 0] = 1.0  # head 0 sees the value with its sign; head 1 has mixed signs, so inf becomes NaN
     k[0, 0, where] = value
-    visual_index = torch.arange(300).int()[None]
+    visual_index = span(300)
     ours = run(decode_attention, q, k, v, int32([300]), visual_index)
     expected = run(reference.decode_attention, q, k, v, int32([300]), visual_index)
     for result, truth in zip(ours, expected, strict=True):
@@ -133,8 +143,8 @@ def test_non_finite_logits_behave_as_in_softmax(isa, value, where):
 
 def test_huge_logits_do_not_overflow(isa):
     q, k, v = decode_inputs(1, 2, 1, 16, 300)
-    ours = run(decode_attention, q * 1e4, k, v, int32([300]), torch.arange(300).int()[None])
-    truth = run(reference.decode_attention, q * 1e4, k, v, int32([300]), torch.arange(300).int()[None])
+    ours = run(decode_attention, q * 1e4, k, v, int32([300]), span(300))
+    truth = run(reference.decode_attention, q * 1e4, k, v, int32([300]), span(300))
     torch.testing.assert_close(ours, truth)
 
 
@@ -142,9 +152,9 @@ def test_huge_logits_do_not_overflow(isa):
 def test_batch_of_n_is_n_times_alone(isa, compiled, dtype):
     lengths = [700, 256, 31, 0]
     q, k, v = decode_inputs(4, 14, 2, 64, 700, dtype)
-    visual_index = torch.full((4, 500), -1, dtype=torch.int32)
+    visual_index = full((4, 500), -1, dtype=torch.int32)
     for b, n in enumerate((500, 200, 31, 0)):
-        visual_index[b, :n] = torch.arange(n)
+        visual_index[b, :n] = arange(n)
     together = run(decode_attention, q, k, v, int32(lengths), visual_index)
     for b, (length, n) in enumerate(zip(lengths, (500, 200, 31, 0), strict=True)):
         one = slice(b, b + 1)
@@ -158,20 +168,20 @@ def test_batch_of_n_is_n_times_alone(isa, compiled, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_do_not_change_bits(isa, compiled, threads, dtype):
-    q, k, v = decode_inputs(2, 14, 2, 64, 1500, dtype)
-    visual_index = torch.arange(1200).int().repeat(2, 1)
-    results = []
-    for n in (1, 2, 3, 1):
-        threads(n)
-        results.append(run(decode_attention, q, k, v, int32([1500, 900]), visual_index))
+    slots = size(1500, 700)
+    q, k, v = decode_inputs(2, 14, 2, 64, slots, dtype)
+    visual_index = span(slots - 300, batch=2)
+    results = [
+        run(decode_attention, q, k, v, int32([slots, slots // 2]), visual_index) for _ in threads(1, 2, 3, 1)
+    ]
     for other in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_permuting_keys_permutes_mass(isa):
     q, k, v = decode_inputs(1, 8, 2, 64, 600)
-    visual_index = torch.arange(600).int()[None]
-    order = torch.randperm(600, generator=torch.Generator().manual_seed(5))
+    visual_index = span(600)
+    order = permutation(600, 5)
     out, mass, _ = run(decode_attention, q, k, v, int32([600]), visual_index)
     moved_out, moved, _ = run(decode_attention, q, k[:, :, order], v[:, :, order], int32([600]), visual_index)
     torch.testing.assert_close(moved, mass[:, order], rtol=2e-6, atol=0)
@@ -195,9 +205,9 @@ def test_splits_do_not_show(isa):
 def test_empty(shape):
     batch, heads, kv_heads, dim, slots = shape
     q, k, v = decode_inputs(batch, heads, kv_heads, dim, slots)
-    mass = torch.zeros(batch, 3)
-    visual_index = torch.zeros(batch, 3, dtype=torch.int32)
-    out = decode_attention(q, k, v, torch.full((batch,), slots).int(), visual_index=visual_index, mass=mass)
+    mass = zeros(batch, 3)
+    visual_index = zeros(batch, 3, dtype=torch.int32)
+    out = decode_attention(q, k, v, full((batch,), slots).int(), visual_index=visual_index, mass=mass)
     assert out.shape == (batch, heads, dim)
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.equal(mass, torch.zeros_like(mass))

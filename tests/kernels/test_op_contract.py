@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from kernel_helpers import decode_inputs, int32, normal
+from kernel_helpers import (
+    arange,
+    decode_inputs,
+    empty,
+    int32,
+    normal,
+    span,
+    tensor,
+    uniform,
+    zeros,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sgl_kernels
@@ -12,23 +22,25 @@ from sgl_kernels import (
     greedy_token,
     prefill_mass,
     prune_gather,
+    registry,
     select_tokens,
     token_logprobs,
 )
 
 ops = torch.ops.sgl_vlm
+OPS = tuple(registry.SCHEMAS)
 
 
 def raw_calls():
     """Arguments of the underlying ops, destinations included."""
     q, k, v = decode_inputs(2, 4, 2, 16, 40)
-    lens, visual = int32([40, 33]), torch.arange(20).int().repeat(2, 1)
-    mass, head_mass = torch.rand(2, 20), torch.rand(2, 4, 20)
+    lens, visual = int32([40, 33]), span(20, batch=2)
+    mass, head_mass = uniform(2, 20), uniform(2, 4, 20)
     long_q, rows = normal(2, 4, 40, 16, seed=4), int32([[38, 39, -1], [5, 30, 30]])
-    hidden, ids = normal(2, 40, 8), torch.arange(80).reshape(2, 40)
-    index, kept, lse = torch.empty(2, 30).int(), torch.empty(2).int(), torch.rand(2, 4, 40)
+    hidden, ids = normal(2, 40, 8), arange(80).reshape(2, 40)
+    index, kept, lse = empty(2, 30).int(), empty(2).int(), uniform(2, 4, 40)
     logits = normal(3, 50)
-    gathered = [torch.empty(2, 30, 8), torch.empty(2, 30, dtype=torch.int64)]
+    gathered = [empty(2, 30, 8), empty(2, 30, dtype=torch.int64)]
     return [
         (ops.decode_attention, (q, k, v, lens, visual, mass, head_mass, 0.25, torch.empty_like(q))),
         (ops.decode_attention, (q, k, v, lens, None, None, None, 0.25, torch.empty_like(q))),
@@ -52,8 +64,8 @@ def raw_calls():
                 list(map(torch.clone, gathered)),
             ),
         ),
-        (ops.greedy_token, (logits, torch.empty(3, dtype=torch.int64), torch.empty(3))),
-        (ops.token_logprobs, (logits, torch.tensor([1, -1, 49]), torch.empty(3))),
+        (ops.greedy_token, (logits, empty(3, dtype=torch.int64), empty(3))),
+        (ops.token_logprobs, (logits, tensor([1, -1, 49]), empty(3))),
     ]
 
 
@@ -83,8 +95,8 @@ def public_calls():
 
     def values(seed):
         lens = int32([40 - seed, 21 + seed])
-        visual = (torch.arange(20) + seed).int().repeat(2, 1)
-        mass = torch.rand(2, 20, generator=torch.Generator().manual_seed(seed))
+        visual = (arange(20) + seed).int().repeat(2, 1)
+        mass = uniform(2, 20, seed=seed)
         q, k, v = (t + seed for t in decode_inputs(2, 4, 2, 16, 40))
         long_q, rows = normal(2, 4, 40, 16, seed=seed), int32([[38 - seed, 39], [-1, 30]])
         logits = normal(3, 50, seed=seed)
@@ -94,7 +106,7 @@ def public_calls():
             "select_tokens": (select, (mass, visual, lens)),
             "prune_gather": (prune, (normal(2, 40, 8, seed=seed), mass, visual, lens, int32([seed + 1, 9]))),
             "greedy_token": (greedy_token, (logits,)),
-            "token_logprobs": (token_logprobs, (logits, torch.tensor([seed, -1, 49]))),
+            "token_logprobs": (token_logprobs, (logits, tensor([seed, -1, 49]))),
         }
 
     first, second, third = values(0), values(1), values(2)
@@ -118,7 +130,7 @@ def test_select_without_width_cannot_be_compiled():
     torch._dynamo.reset()
     compiled = torch.compile(lambda m, v, s: select_tokens(m, v, s, 2), fullgraph=True, backend="eager")
     with pytest.raises(Exception, match=r"out_len is None under torch\.compile"):
-        compiled(torch.rand(1, 4), torch.arange(4).int()[None], int32([6]))
+        compiled(uniform(1, 4), span(4), int32([6]))
 
 
 def test_inputs_are_not_written():
@@ -130,13 +142,13 @@ def test_inputs_are_not_written():
 
 def overlapping():
     """Accumulators (mass, head_mass or None) of which two requests or two heads are the same memory."""
-    flat = torch.zeros(400)
+    flat = zeros(400)
     return [
-        (torch.zeros(1, 20).expand(2, 20), None),
+        (zeros(1, 20).expand(2, 20), None),
         (flat.as_strided((2, 20), (19, 1)), None),
-        (torch.zeros(2, 20), torch.zeros(1, 4, 20).expand(2, 4, 20)),
-        (torch.zeros(2, 20), torch.zeros(2, 1, 20).expand(2, 4, 20)),
-        (torch.zeros(2, 20), flat.as_strided((2, 4, 20), (40, 20, 1))),
+        (zeros(2, 20), zeros(1, 4, 20).expand(2, 4, 20)),
+        (zeros(2, 20), zeros(2, 1, 20).expand(2, 4, 20)),
+        (zeros(2, 20), flat.as_strided((2, 4, 20), (40, 20, 1))),
     ]
 
 
@@ -147,7 +159,7 @@ def accumulators(named, visual, mass, head_mass):
 
 def bad_calls():
     q, k, v = decode_inputs(2, 4, 2, 16, 40)
-    lens, visual, mass = int32([40, 33]), torch.arange(20).int().repeat(2, 1), torch.zeros(2, 20)
+    lens, visual, mass = int32([40, 33]), span(20, batch=2), zeros(2, 20)
     long_q, rows, hidden = normal(2, 4, 40, 16), int32([[1], [2]]), normal(2, 40, 8)
     logits = normal(3, 50)
     given = {"visual_index": visual, "mass": mass}
@@ -202,7 +214,7 @@ def bad_calls():
             (q, k, v, lens),
             {**given, "head_mass": mass},
         ),
-        (ValueError, r"tensors on cpu and meta", decode, (q, k, v, lens.to("meta")), {}),
+        (ValueError, rf"tensors on {q.device} and meta", decode, (q, k, v, lens.to("meta")), {}),
         (
             ValueError,
             r"head dim is 2048, expected 1 to 1024",
@@ -223,7 +235,7 @@ def bad_calls():
             r"softmax_lse has shape \(2, 40\)",
             prefill_mass,
             (long_q, k, rows, visual, mass),
-            {"softmax_lse": torch.zeros(2, 40)},
+            {"softmax_lse": zeros(2, 40)},
         ),
         (ValueError, r"visual_index has shape \(2, 19\)", select_tokens, (mass, visual[:, :19], lens, 3), {}),
         (TypeError, r"mass is torch.float64", select_tokens, (mass.double(), visual, lens, 3), {}),
@@ -262,14 +274,14 @@ def bad_calls():
             ValueError,
             r"mass has strides \(40, 2\).*contiguous",
             select_tokens,
-            (torch.rand(2, 40)[:, ::2], visual, lens, 3),
+            (uniform(2, 40)[:, ::2], visual, lens, 3),
             {},
         ),
         (
             ValueError,
             r"mass has strides \(40, 2\).*contiguous",
             prune_gather,
-            (hidden, torch.rand(2, 40)[:, ::2], visual, lens, 3),
+            (hidden, uniform(2, 40)[:, ::2], visual, lens, 3),
             {},
         ),
         *[
@@ -296,18 +308,18 @@ def bad_calls():
             r"extras\[0\] has shape \(3, 2, 40\)",
             prune_gather,
             (hidden, mass, visual, lens, 3),
-            {"extras": [torch.zeros(3, 2, 40)]},
+            {"extras": [zeros(3, 2, 40)]},
         ),
-        (ValueError, r"at least one token", greedy_token, (torch.zeros(3, 0),), {}),
-        (TypeError, r"logits is torch.int64", greedy_token, (torch.zeros(3, 5).long(),), {}),
+        (ValueError, r"at least one token", greedy_token, (zeros(3, 0),), {}),
+        (TypeError, r"logits is torch.int64", greedy_token, (zeros(3, 5).long(),), {}),
         (
             ValueError,
             r"targets has shape \(2,\), expected \(3,\)",
             token_logprobs,
-            (logits, torch.zeros(2).long()),
+            (logits, zeros(2).long()),
             {},
         ),
-        (TypeError, r"targets is torch.float32", token_logprobs, (logits, torch.zeros(3)), {}),
+        (TypeError, r"targets is torch.float32", token_logprobs, (logits, zeros(3)), {}),
     ]
 
 
@@ -322,16 +334,16 @@ def test_errors_quote_what_came_and_what_was_expected(number):
 def test_accumulators_may_lie_apart():
     """Any layout that gives every slot memory of its own is written in place."""
     q, k, v = decode_inputs(2, 4, 2, 16, 40)
-    lens, visual = int32([40, 33]), torch.arange(20).int().repeat(2, 1)
-    expected, expected_heads = torch.zeros(2, 20), torch.zeros(2, 4, 20)
+    lens, visual = int32([40, 33]), span(20, batch=2)
+    expected, expected_heads = zeros(2, 20), zeros(2, 4, 20)
     decode_attention(q, k, v, lens, visual_index=visual, mass=expected, head_mass=expected_heads)
-    layers = torch.zeros(1, 2, 20).expand(3, 2, 20)  # what the runtime keeps when it sums over layers
-    heads_first = torch.zeros(4, 2, 30).transpose(0, 1)[..., :20]
+    layers = zeros(1, 2, 20).expand(3, 2, 20)  # what the runtime keeps when it sums over layers
+    heads_first = zeros(4, 2, 30).transpose(0, 1)[..., :20]
     decode_attention(q, k, v, lens, visual_index=visual, mass=layers[1], head_mass=heads_first)
     assert torch.equal(layers[2], expected)
     assert torch.equal(heads_first, expected_heads)
-    alone = torch.zeros(1, 20).as_strided((1, 20), (0, 1))  # of one request, any stride
-    one_head = torch.zeros(20).as_strided((1, 1, 20), (0, 0, 1))
+    alone = zeros(1, 20).as_strided((1, 20), (0, 1))  # of one request, any stride
+    one_head = zeros(20).as_strided((1, 1, 20), (0, 0, 1))
     first = slice(0, 1)
     call = q[first, :1], k[first, :1], v[first, :1], lens[first]
     decode_attention(*call, visual_index=visual[first], mass=alone, head_mass=one_head)
@@ -340,20 +352,20 @@ def test_accumulators_may_lie_apart():
 
 def test_head_dim_of_one_has_any_stride():
     q, k, v = decode_inputs(2, 4, 2, 1, 40)
-    lens, visual = int32([40, 33]), torch.arange(20).int().repeat(2, 1)
+    lens, visual = int32([40, 33]), span(20, batch=2)
     rows = int32([[38, 39], [-1, 30]])
     long_q = normal(2, 4, 40, 1)
     spread = [torch.stack((t, t), -1).flatten(-2)[..., ::2] for t in (q, k, v, long_q)]  # stride 2
     assert all(t.stride(-1) == 2 for t in spread)
     results = []
     for one_q, keys, values, many_q in ([q, k, v, long_q], spread):
-        mass = torch.zeros(2, 20)
+        mass = zeros(2, 20)
         out = decode_attention(one_q, keys, values, lens, visual_index=visual, mass=mass)
         prefill_mass(many_q, keys, rows, visual, mass)
         results.append((out, mass))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
-    assert greedy_token(torch.zeros(5, 3)[:, ::3])[0].tolist() == [0] * 5
+    assert greedy_token(zeros(5, 3)[:, ::3])[0].tolist() == [0] * 5
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -367,7 +379,7 @@ def test_compile_with_a_count_that_changes(dynamic):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(keep_some, fullgraph=True, backend=counter, dynamic=dynamic or None)
-    inputs = normal(2, 40, 8), torch.rand(2, 20), torch.arange(20).int().repeat(2, 1), int32([40, 33])
+    inputs = normal(2, 40, 8), uniform(2, 20), span(20, batch=2), int32([40, 33])
     for num_keep in (3, 5, 9, 12):
         torch.testing.assert_close(compiled(*inputs, num_keep), keep_some(*inputs, num_keep))
     assert counter.frame_count <= (1 if dynamic else 2)

@@ -4,25 +4,36 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from kernel_helpers import DTYPES, assert_as_accurate, normal, same_bits
+from kernel_helpers import (
+    DTYPES,
+    arange,
+    assert_as_accurate,
+    combinations,
+    empty,
+    normal,
+    same_bits,
+    size,
+    tensor,
+    zeros,
+)
 
 from sgl_kernels import compositions, greedy_token, reference, token_logprobs
 
+OPS = ("greedy_token", "token_logprobs")
 SIZES = [1, 2, 15, 16, 17, 100, 4095, 4096, 4097, 20000]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab", SIZES)
+@pytest.mark.parametrize(("vocab", "dtype"), combinations(SIZES, DTYPES), ids=str)
 def test_accuracy(isa, vocab, dtype):
     logits = normal(3, vocab, seed=1, dtype=dtype) * 4
-    targets = torch.tensor([0, vocab - 1, vocab // 2])
+    targets = tensor([0, vocab - 1, vocab // 2])
     token, logprob = greedy_token(logits)
     assert torch.equal(token, logits.double().argmax(-1))
     truth = logits.double().log_softmax(-1)
     picked = token_logprobs(logits, targets)
     if vocab == 1:
-        assert torch.equal(logprob, torch.zeros(3))
-        assert torch.equal(picked, torch.zeros(3))
+        assert torch.equal(logprob, zeros(3))
+        assert torch.equal(picked, zeros(3))
         return
     plain = compositions.log_softmax_greedy(logits)[1]
     assert_as_accurate("logprob", logprob, truth.max(-1).values, plain, unit=1.0)
@@ -31,7 +42,7 @@ def test_accuracy(isa, vocab, dtype):
 
 
 def test_ties_go_to_the_lowest_id(isa):
-    logits = torch.zeros(4, 9000)
+    logits = zeros(4, 9000)
     logits[1, [8999, 4096, 4095]] = 1.0
     logits[2] = -0.0
     logits[2, 3] = 0.0
@@ -56,7 +67,7 @@ def test_nan_ranks_below_everything_and_shows_in_the_logprob(isa, dtype):
     plain = reference.greedy_token(logits)
     assert torch.equal(token, plain[0])
     assert torch.equal(logprob.isnan(), plain[1].isnan())
-    assert token_logprobs(logits, torch.arange(5)).isnan().tolist() == [True, True, True, True, False]
+    assert token_logprobs(logits, arange(5)).isnan().tolist() == [True, True, True, True, False]
 
 
 def test_masked_tokens(isa):
@@ -65,13 +76,13 @@ def test_masked_tokens(isa):
     token, logprob = greedy_token(logits)
     assert (token % 2 == 1).all()
     torch.testing.assert_close(logprob, logits.log_softmax(-1).max(-1).values)
-    assert token_logprobs(logits, torch.tensor([0, 2])).tolist() == [-math.inf, -math.inf]
+    assert token_logprobs(logits, tensor([0, 2])).tolist() == [-math.inf, -math.inf]
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 def test_targets_outside_the_vocabulary(isa, dtype):
     logits = normal(5, 100)
-    targets = torch.tensor([-1, 100, -2, 2**31 - 1, 99], dtype=dtype)
+    targets = tensor([-1, 100, -2, 2**31 - 1, 99], dtype=dtype)
     result = token_logprobs(logits, targets)
     assert result[0] == 0
     assert result[1:4].isnan().all()
@@ -80,7 +91,7 @@ def test_targets_outside_the_vocabulary(isa, dtype):
 
 def test_leading_dimensions_and_strides(isa):
     logits = normal(2, 3, 5, 60)[:, :, 1:4, 7:]
-    targets = torch.arange(18).reshape(2, 3, 3)
+    targets = arange(18).reshape(2, 3, 3)
     token, logprob = greedy_token(logits)
     assert token.shape == logprob.shape == (2, 3, 3)
     assert torch.equal(token, logits.argmax(-1))
@@ -94,12 +105,9 @@ def test_leading_dimensions_and_strides(isa):
 
 
 def test_rows_alone_and_threads_do_not_change_bits(isa, compiled, threads):
-    logits = normal(5, 40000)
-    targets = torch.arange(5) * 7
-    results = []
-    for n in (1, 2, 3):
-        threads(n)
-        results.append((*greedy_token(logits), token_logprobs(logits, targets)))
+    logits = normal(5, size(40000, 10000))
+    targets = arange(5) * 7
+    results = [(*greedy_token(logits), token_logprobs(logits, targets)) for _ in threads(1, 2, 3)]
     for other in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
     for row in range(5):
@@ -108,7 +116,7 @@ def test_rows_alone_and_threads_do_not_change_bits(isa, compiled, threads):
         assert all(same_bits(a, b[one]) for a, b in zip(alone, results[0], strict=True))
 
 
-@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.settings(max_examples=size(100, 15), deadline=None)
 @hypothesis.given(
     st.lists(
         st.one_of(st.floats(-1e4, 1e4, width=32), st.sampled_from([0.0, -0.0, -math.inf])),
@@ -117,7 +125,7 @@ def test_rows_alone_and_threads_do_not_change_bits(isa, compiled, threads):
     )
 )
 def test_any_row(values):
-    logits = torch.tensor([values], dtype=torch.float32)
+    logits = tensor([values], dtype=torch.float32)
     token, logprob = greedy_token(logits)
     plain_token, plain_logprob = reference.greedy_token(logits.double())
     assert torch.equal(token, plain_token)
@@ -125,6 +133,6 @@ def test_any_row(values):
 
 
 def test_no_rows():
-    token, logprob = greedy_token(torch.empty(0, 10))
+    token, logprob = greedy_token(empty(0, 10))
     assert token.shape == logprob.shape == (0,)
-    assert token_logprobs(torch.empty(0, 10), torch.empty(0, dtype=torch.int64)).shape == (0,)
+    assert token_logprobs(empty(0, 10), empty(0, dtype=torch.int64)).shape == (0,)
