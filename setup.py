@@ -88,7 +88,7 @@ def cpu_extension():  # type: ignore[no-untyped-def]
     return CppExtension(
         "sgl_kernels._C",
         ["csrc/bind_cpu.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/selection.cpp"],
-        depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc" / "cpu").iterdir())],
+        depends=[str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").glob("cpu/*")) + sorted((ROOT / "csrc").glob("*.h"))],
         include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
         define_macros=list(defines.items()),
         extra_compile_args={"cxx": [*CXX_FLAGS, "-fvisibility=hidden"]},
@@ -143,7 +143,7 @@ def build_command():  # type: ignore[no-untyped-def]
                 [f"csrc/cpu/{name}" for name in KERNELS],
                 output_dir=str(Path(self.build_temp) / isa),
                 macros=[("SGL_ISA", isa)],
-                depends=["csrc/cpu/kernels.h", "csrc/cpu/simd.h"],
+                depends=["csrc/types.h", "csrc/cpu/kernels.h", "csrc/cpu/simd.h"],
                 extra_postargs={"cxx": [*CXX_FLAGS, "-fvisibility=hidden", *flags]},
             )
             return objects

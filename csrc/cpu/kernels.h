@@ -9,27 +9,14 @@
 #include <string>
 #include <vector>
 
-// Code that several translation units share must be inlined: the linker keeps one copy of what is not, and the copy it
-// keeps may have been compiled for instructions that this CPU lacks.
-#define SGL_INLINE inline __attribute__((always_inline))
+#include "../types.h"
 
 namespace sgl {
-
-enum class Dtype { f32, bf16, f16 };
 
 // Keys per task. Fixed, and counted from position 0, so that how a sum is split depends on its own request only.
 constexpr int64_t kKeyBlock = 256;
 constexpr int64_t kVocabBlock = 4096;
 constexpr int64_t kMaxHeadDim = 1024;
-
-SGL_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Index {  // (B, N) int32
-  const int32_t* data = nullptr;
-  int64_t batch_stride = 0, stride = 0;
-  int64_t count = 0;
-  SGL_INLINE int32_t at(int64_t b, int64_t n) const { return data[b * batch_stride + n * stride]; }
-};
 
 struct DecodeArgs {
   Dtype dtype;
@@ -90,13 +77,6 @@ struct VocabArgs {
   bool targets_are_64;
   int64_t targets_stride;
   float* logprob;
-};
-
-struct Plane {  // per-position data to gather; strides and row size in bytes
-  const char* source;
-  int64_t source_batch, source_row;
-  char* target;  // (B, out_len, row) contiguous
-  int64_t row_bytes;
 };
 
 struct GatherArgs {
