@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 from kernel_helpers import (
-    arange,
+    DTYPES,
+    combinations,
     decode_inputs,
-    empty,
     int32,
     normal,
     span,
-    tensor,
     uniform,
     zeros,
 )
+from op_calls import CALLS, TINY, assert_equals_reference, public_calls, raw_calls
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sgl_kernels
@@ -27,46 +27,7 @@ from sgl_kernels import (
     token_logprobs,
 )
 
-ops = torch.ops.sgl_vlm
 OPS = tuple(registry.SCHEMAS)
-
-
-def raw_calls():
-    """Arguments of the underlying ops, destinations included."""
-    q, k, v = decode_inputs(2, 4, 2, 16, 40)
-    lens, visual = int32([40, 33]), span(20, batch=2)
-    mass, head_mass = uniform(2, 20), uniform(2, 4, 20)
-    long_q, rows = normal(2, 4, 40, 16, seed=4), int32([[38, 39, -1], [5, 30, 30]])
-    hidden, ids = normal(2, 40, 8), arange(80).reshape(2, 40)
-    index, kept, lse = empty(2, 30).int(), empty(2).int(), uniform(2, 4, 40)
-    logits = normal(3, 50)
-    gathered = [empty(2, 30, 8), empty(2, 30, dtype=torch.int64)]
-    return [
-        (ops.decode_attention, (q, k, v, lens, visual, mass, head_mass, 0.25, torch.empty_like(q))),
-        (ops.decode_attention, (q, k, v, lens, None, None, None, 0.25, torch.empty_like(q))),
-        (ops.prefill_mass, (long_q, k, rows, visual, mass, head_mass, None, 0.25)),
-        (ops.prefill_mass, (long_q, k, rows, visual, mass, None, lse, 0.25)),
-        (ops.select_tokens, (mass, visual, lens, 7, None, index, kept)),
-        (ops.select_tokens, (mass, visual, lens, 0, int32([3, 20]), index, kept)),
-        (
-            ops.prune_gather,
-            (
-                hidden,
-                mass,
-                visual,
-                lens,
-                7,
-                None,
-                [hidden, ids],
-                gathered[0],
-                index,
-                kept,
-                list(map(torch.clone, gathered)),
-            ),
-        ),
-        (ops.greedy_token, (logits, empty(3, dtype=torch.int64), empty(3))),
-        (ops.token_logprobs, (logits, tensor([1, -1, 49]), empty(3))),
-    ]
 
 
 @pytest.mark.parametrize("number", range(9))
@@ -75,55 +36,24 @@ def test_opcheck(number):
     torch.library.opcheck(op.default, arguments)
 
 
-def public_calls():
-    """name -> (function of tensors that returns everything written, two sets of values of one shape)."""
-
-    def decode(q, k, v, lens, visual, mass):
-        mass = mass.clone()
-        return decode_attention(q, k, v, lens, visual_index=visual, mass=mass), mass
-
-    def prefill(q, k, rows, visual, mass):
-        mass = mass.clone()
-        prefill_mass(q, k, rows, visual, mass)
-        return mass
-
-    def select(mass, visual, lens):
-        return select_tokens(mass, visual, lens, 7, out_len=40)
-
-    def prune(hidden, mass, visual, lens, keep):
-        return prune_gather(hidden, mass, visual, lens, keep, extras=(hidden[..., :3],), out_len=33)
-
-    def values(seed):
-        lens = int32([40 - seed, 21 + seed])
-        visual = (arange(20) + seed).int().repeat(2, 1)
-        mass = uniform(2, 20, seed=seed)
-        q, k, v = (t + seed for t in decode_inputs(2, 4, 2, 16, 40))
-        long_q, rows = normal(2, 4, 40, 16, seed=seed), int32([[38 - seed, 39], [-1, 30]])
-        logits = normal(3, 50, seed=seed)
-        return {
-            "decode_attention": (decode, (q, k, v, lens, visual, mass)),
-            "prefill_mass": (prefill, (long_q, k, rows, visual, mass)),
-            "select_tokens": (select, (mass, visual, lens)),
-            "prune_gather": (prune, (normal(2, 40, 8, seed=seed), mass, visual, lens, int32([seed + 1, 9]))),
-            "greedy_token": (greedy_token, (logits,)),
-            "token_logprobs": (token_logprobs, (logits, tensor([seed, -1, 49]))),
-        }
-
-    first, second, third = values(0), values(1), values(2)
-    return {name: (f, [x, second[name][1], third[name][1]]) for name, (f, x) in first.items()}
-
-
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", sorted(public_calls()))
+@pytest.mark.parametrize("name", CALLS)
 def test_compile_has_one_graph(name, backend):
-    function, sets = public_calls()[name]
+    function, values = public_calls(TINY)[name]
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     with torch.inference_mode():
-        for arguments in sets:
+        for arguments in map(values, range(3)):
             torch.testing.assert_close(compiled(*arguments), function(*arguments), equal_nan=True)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(("name", "dtype"), combinations(CALLS, DTYPES), ids=str)
+def test_calls_equal_the_reference(name, dtype):
+    _, values = public_calls(TINY, dtype)[name]
+    for seed in range(3):
+        assert_equals_reference(name, TINY, dtype, values(seed))
 
 
 def test_select_without_width_cannot_be_compiled():
