@@ -63,14 +63,15 @@ struct OutputTile {
   }
 };
 
-// 16 values of a warp: of every 64 dimensions the lane holds 8 (lane / 4) .. + 8 of keys 2 (lane % 4) + {0, 1, 8, 9}.
+// 16 values of a warp, 128 dimensions from 128 * pair on: of each 64 of them the lane holds 8 (lane / 4) .. + 8 of keys
+// 2 (lane % 4) + {0, 1, 8, 9}.
 template <class T, int kDim>
 struct ValueTile {
-  static constexpr int kHalves = kDim / 64;
+  static constexpr int kHalves = kDim == 64 ? 1 : 2;
   uint4 piece[kHalves][4];
 
-  __device__ __forceinline__ void load(const T* values, int64_t stride, int key, int end, int dim) {
-    const int first = threadIdx.x % 32 / 4 * 8;
+  __device__ __forceinline__ void load(const T* values, int64_t stride, int key, int end, int dim, int pair) {
+    const int first = 128 * pair + threadIdx.x % 32 / 4 * 8;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int k = key + threadIdx.x % 4 * 2 + i % 2 + i / 2 * 8;
@@ -80,21 +81,15 @@ struct ValueTile {
     }
   }
   // Adds values times probabilities; `low` and `high` hold the pairs of heads of keys lane / 4 and lane / 4 + 8.
-  __device__ __forceinline__ void accumulate(OutputTile<kDim>& out, uint32_t low, uint32_t high) const {
+  __device__ __forceinline__ void accumulate(float (&acc)[8][4], uint32_t low, uint32_t high) const {
     const uint32_t b0 = transpose8x8(low), b1 = transpose8x8(high);
 #pragma unroll
-    for (int p = 0; p < OutputTile<kDim>::kPairs; ++p)
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const uint32_t a0 = two_keys(piece[2 * p][0], piece[2 * p][1], j);
-        const uint32_t a2 = two_keys(piece[2 * p][2], piece[2 * p][3], j);
-        uint32_t a1 = 0, a3 = 0;
-        if constexpr (kHalves > 1) {
-          a1 = two_keys(piece[2 * p + 1][0], piece[2 * p + 1][1], j);
-          a3 = two_keys(piece[2 * p + 1][2], piece[2 * p + 1][3], j);
-        }
-        mma<T>(out.acc[p][j], a0, a1, a2, a3, b0, b1);
-      }
+    for (int j = 0; j < 8; ++j) {
+      const uint32_t a0 = two_keys(piece[0][0], piece[0][1], j), a2 = two_keys(piece[0][2], piece[0][3], j);
+      uint32_t a1 = 0, a3 = 0;
+      if constexpr (kHalves > 1) a1 = two_keys(piece[1][0], piece[1][1], j), a3 = two_keys(piece[1][2], piece[1][3], j);
+      mma<T>(acc[j], a0, a1, a2, a3, b0, b1);
+    }
   }
 
  private:
@@ -103,36 +98,6 @@ struct ValueTile {
     const uint32_t from_a = j < 2 ? a.x : j < 4 ? a.y : j < 6 ? a.z : a.w;
     const uint32_t from_b = j < 2 ? b.x : j < 4 ? b.y : j < 6 ? b.z : b.w;
     return __byte_perm(from_a, from_b, j % 2 ? 0x7632 : 0x5410);
-  }
-};
-
-// Statistics of 8 heads in a warp: each lane those of heads 2 (lane % 4) and 2 (lane % 4) + 1; `sum` is of the keys
-// that this lane saw until `finish`.
-struct SoftmaxPair {
-  float largest[2], sum[2];
-
-  __device__ __forceinline__ void start() {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) largest[i] = minus_infinity(), sum[i] = 0.0f;
-  }
-  // Turns the logits of two keys into probabilities relative to the new largest; returns the factors of the old sums.
-  __device__ __forceinline__ float2 add(float (&logit)[4], bool has_low, bool has_high) {
-    float factor[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float low = has_low ? logit[i] : minus_infinity(), high = has_high ? logit[2 + i] : minus_infinity();
-      const float now = fmaxf(largest[i], lane_max<4, 8, 16>(fmaxf(low, high)));
-      factor[i] = rescale(largest[i], now);
-      largest[i] = now;
-      logit[i] = has_low ? weight(logit[i], now) : 0.0f;
-      logit[2 + i] = has_high ? weight(logit[2 + i], now) : 0.0f;
-      sum[i] = sum[i] * factor[i] + logit[i] + logit[2 + i];
-    }
-    return make_float2(factor[0], factor[1]);
-  }
-  __device__ __forceinline__ void finish() {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) sum[i] = lane_sum<4, 8, 16>(sum[i]);
   }
 };
 
@@ -224,8 +189,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps) decode_split(const DecodeAr
     const T* low = keys + (key + row) * a.k_slot;
     KeyTile<T, kDim> key_tile;
     ValueTile<T, kDim> value_tile;
-    key_tile.load(low, low + 8 * a.k_slot, has_low, has_high, a.dim);
-    if constexpr (kDim <= 128) value_tile.load(values, a.v_slot, key, s.end, a.dim);  // both in flight at once
+    key_tile.template load<true>(low, low + 8 * a.k_slot, has_low, has_high, a.dim);
+    value_tile.load(values, a.v_slot, key, s.end, a.dim, 0);  // in flight together with the keys
     uint32_t low_pair[kTiles], high_pair[kTiles];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
@@ -238,13 +203,16 @@ __global__ void __launch_bounds__(32 * kDecodeWarps) decode_split(const DecodeAr
         if (a.logits && head < s.heads && (i < 2 ? has_low : has_high))
           a.logits[(static_cast<int64_t>(s.request) * a.heads + s.head + head) * a.slots + key + row + i / 2 * 8] = logit[i];
       }
-      const float2 factor = softmax[t].add(logit, has_low, has_high);
+      const float2 factor = softmax[t].add(logit, {has_low, has_low, has_high, has_high});
       out[t].scale(factor.x, factor.y);
       low_pair[t] = pack<T>(logit[0], logit[1]), high_pair[t] = pack<T>(logit[2], logit[3]);
     }
-    if constexpr (kDim > 128) value_tile.load(values, a.v_slot, key, s.end, a.dim);  // no registers for both
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) value_tile.accumulate(out[t], low_pair[t], high_pair[t]);
+    for (int p = 0; p < OutputTile<kDim>::kPairs; ++p) {
+      if (p > 0) value_tile.load(values, a.v_slot, key, s.end, a.dim, p);
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) value_tile.accumulate(out[t].acc[p], low_pair[t], high_pair[t]);
+    }
   }
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) softmax[t].finish();

@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps) decode_split_fma(const Deco
       if (a.logits && head < s.heads && (i < 2 ? has_low : has_high))
         a.logits[(static_cast<int64_t>(s.request) * a.heads + s.head + head) * a.slots + key + row + i / 2 * 8] = logit[i];
     }
-    const float2 factor = softmax[0].add(logit, has_low, has_high);
+    const float2 factor = softmax[0].add(logit, {has_low, has_low, has_high, has_high});
     __syncwarp();  // the values of the previous keys have been added
 #pragma unroll
     for (int i = 0; i < 4; ++i) probs[(row + i / 2 * 8) * 8 + column + i % 2] = logit[i];

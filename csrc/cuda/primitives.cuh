@@ -48,6 +48,16 @@ __device__ __forceinline__ float exp2_of(float x);
 __device__ __forceinline__ void wait_for_previous_launch();
 __device__ __forceinline__ void allow_next_launch();
 __device__ __forceinline__ unsigned char* shared_memory();
+// The same pointer, of which the compiler knows nothing.
+template <class T>
+__device__ __forceinline__ const T* opaque(const T* p) {
+#ifndef SGL_EMULATED
+  asm volatile("" : "+l"(p));
+#endif
+  return p;
+}
+// The lanes of the warp that give the same number.
+__device__ __forceinline__ unsigned lanes_with_same(int x);
 
 #ifdef SGL_EMULATED
 }  // namespace sgl::cuda
@@ -110,6 +120,7 @@ __device__ __forceinline__ void allow_next_launch() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+__device__ __forceinline__ unsigned lanes_with_same(int x) { return __match_any_sync(kWholeWarp, x); }
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char buffer[];
   return buffer;
@@ -168,11 +179,14 @@ __device__ __forceinline__ float lane_sum(float x) {
 
 // Softmax in pieces. `largest` is the largest logit seen and `sum` the sum of 2^(logit - largest); empty is (-inf, 0).
 // Logits of -inf give nothing, yet a row of nothing else ends as 0/0 = NaN, as in softmax; NaN and +inf make the sum NaN.
-__device__ __forceinline__ float weight(float logit, float largest) {
-  return exp2_of(logit - (largest == minus_infinity() ? 0.0f : largest));
+// `unit` is the logarithm of e where logits are natural, 1 where they have been multiplied by it.
+__device__ __forceinline__ float weight(float logit, float largest, float unit = 1.0f) {
+  return exp2_of((logit - (largest == minus_infinity() ? 0.0f : largest)) * unit);
 }
 // The factor that moves a sum from one largest logit to another.
-__device__ __forceinline__ float rescale(float from, float to) { return from == to ? 1.0f : exp2_of(from - to); }
+__device__ __forceinline__ float rescale(float from, float to, float unit = 1.0f) {
+  return from == to ? 1.0f : exp2_of((from - to) * unit);
+}
 
 // On sm_90 and later a kernel marked `after_previous` may start while the one before it still runs; it must call
 // wait_for_previous_launch() before it reads what that one wrote. Elsewhere the mark says nothing.

@@ -7,6 +7,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -39,6 +40,8 @@ struct float4 {
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fiber that runs
+
 namespace emulator {
 
 constexpr int kWarp = 32;
@@ -64,7 +67,6 @@ struct Warp {
 };
 
 struct Machine {
-  dim3 grid, block, at;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<unsigned char> shared = std::vector<unsigned char>(kSharedLimit + 16);
@@ -121,6 +123,7 @@ struct Machine {
         Fiber& f = fibers[reverse ? threads - 1 - i : i];
         if (!f.done && !f.waiting) {
           now = &f;
+          threadIdx = f.thread;
           swapcontext(&scheduler, &f.context);
           ran = true;
         }
@@ -133,20 +136,20 @@ struct Machine {
       if (!ran && !opened) fail("threads wait at different barriers");
     }
   }
-  void launch(dim3 grid_, dim3 block_, size_t shared_bytes, const std::function<void()>& body_) {
-    const int threads = block_.x;
-    if (threads == 0 || threads > 1024 || block_.y != 1 || block_.z != 1) fail("a block of 1 to 1024 threads in x");
-    if (grid_.x == 0 || grid_.y == 0 || grid_.z == 0 || grid_.y > 65535 || grid_.z > 65535) fail("bad grid");
+  void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body_) {
+    const int threads = block.x;
+    if (threads == 0 || threads > 1024 || block.y != 1 || block.z != 1) fail("a block of 1 to 1024 threads in x");
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) fail("bad grid");
     if (shared_bytes > kSharedLimit) fail("too much shared memory");
     const char* order = std::getenv("SGL_EMULATOR_ORDER");
     reverse = order && std::strcmp(order, "reverse") == 0;
     if (fibers.size() < static_cast<size_t>(threads)) fibers.resize(threads);
     warps.resize((threads + kWarp - 1) / kWarp);
-    grid = grid_, block = block_, body = &body_;
+    gridDim = grid, blockDim = block, body = &body_;
     const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
     for (uint64_t i = 0; i < blocks; ++i) {
       const uint64_t b = reverse ? blocks - 1 - i : i;
-      at = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+      blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
             static_cast<unsigned>(b / grid.x / grid.y)};
       run_block(threads);
     }
@@ -172,11 +175,6 @@ auto exchange(T value, F read) {
 }
 
 }  // namespace emulator
-
-#define threadIdx (emulator::Machine::get().now->thread)
-#define blockIdx (emulator::Machine::get().at)
-#define blockDim (emulator::Machine::get().block)
-#define gridDim (emulator::Machine::get().grid)
 
 inline void __syncthreads() { emulator::Machine::get().wait(2); }
 inline void __syncwarp(unsigned = ~0u) { emulator::Machine::get().wait(1); }

@@ -73,6 +73,13 @@ inline uint32_t transpose8x8(uint32_t pair) {
 inline float exp2_of(float x) { return std::exp2(x); }
 inline void wait_for_previous_launch() {}
 inline void allow_next_launch() {}
+inline unsigned lanes_with_same(int x) {
+  return emulator::exchange(x, [&](auto get, int) {
+    unsigned lanes = 0;
+    for (int lane = 0; lane < 32; ++lane) lanes |= (get(lane) == x ? 1u : 0u) << lane;
+    return lanes;
+  });
+}
 inline unsigned char* shared_memory() { return emulator::Machine::get().dynamic(); }
 
 }  // namespace sgl::cuda
