@@ -2,12 +2,13 @@
 
 Every op writes into destinations that its caller allocates and returns nothing, so a fake has nothing to do,
 no shape can depend on data, and a captured graph owns all its memory. Compiled extensions register kernels
-for their own dispatch key (CPU, CUDA); the PyTorch reference serves every key that has none.
+for their own dispatch key (CPU, CUDA), and `implement` registers Python functions that launch kernels; the
+PyTorch reference serves every key that has none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -157,6 +158,22 @@ for _name, _schema in SCHEMAS.items():
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 
+# Which backend the functions registered by `implement` belong to.
+_implemented: dict[tuple[str, str], str] = {}
+
+
+def implement(op: str, dispatch_key: str, backend: str, function: Callable[..., None]) -> None:
+    """Let `function`, which takes the arguments of the schema, serve `op` on `dispatch_key`."""
+    _library.impl(op, function, dispatch_key)
+    _implemented[op, dispatch_key] = backend
+
+
 def has_kernel(op: str, dispatch_key: str) -> bool:
-    """Whether a compiled kernel serves `op` on `dispatch_key` ("CPU" or "CUDA")."""
+    """Whether a kernel, compiled or launched from Python, serves `op` on `dispatch_key` ("CPU" or "CUDA")."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", dispatch_key))
+
+
+def serving_backend(op: str, dispatch_key: str) -> str:
+    """Backend of the kernel that serves `op` on `dispatch_key`; "reference" where none does."""
+    compiled = dispatch_key.lower() if has_kernel(op, dispatch_key) else "reference"
+    return _implemented.get((op, dispatch_key), compiled)

@@ -13,6 +13,8 @@ from sgl_kernels import backend, collect_env
 
 ROOT = Path(sgl_kernels.__file__).parent.parent
 
+needs_triton = pytest.mark.skipif(not backend._triton_is_installed(), reason="triton is not installed")
+
 WORKS = """
 import torch, sgl_kernels
 token, logprob = sgl_kernels.greedy_token(torch.tensor([[0.0, 2.0, 1.0]]))
@@ -22,20 +24,34 @@ sgl_kernels.decode_attention(q, k, k, torch.tensor([9], dtype=torch.int32))
 print(sgl_kernels.collect_env()["backends"]["decode_attention"])
 """
 
-BROKEN = """
+
+def refusing(*names):
+    """Code after which none of these modules can be imported."""
+    return f"""
 import sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name == "sgl_kernels._C":
+        if name in {names}:
             raise ImportError("undefined symbol: made_up_for_the_test")
 
 sys.meta_path.insert(0, Refuse())
 """
 
 
+BROKEN = refusing("sgl_kernels._C")
+# A CUDA build of torch as far as the choice of a backend looks at it; no CUDA tensor can be made.
+CUDA_BUILD = "import torch; torch.version.cuda = '13.0'\n" + refusing("sgl_kernels._C_cuda")
+SHOW = """
+import sys, sgl_kernels
+env = sgl_kernels.collect_env()
+print(*sorted(set(env["backends"].values())), *(sorted(set(d.values())) for d in env["devices"].values()))
+assert "triton" not in sys.modules
+"""
+
+
 def python(code, **environment):
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("SGL_KERNELS_")}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SGL_KERNELS_", "TRITON_"))}
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**inherited, "PYTHONPATH": str(ROOT), **environment},
@@ -71,14 +87,65 @@ def test_required_backend_that_does_not_load_is_an_error():
     assert "made_up_for_the_test" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [("fast", "expected one of reference, cpu, cuda, triton"), ("triton", "no Triton kernels")],
-)
-def test_unusable_backend_names(value, message):
-    result = python("import sgl_kernels", SGL_KERNELS_BACKEND=value)
+def test_unknown_backend_name():
+    result = python("import sgl_kernels", SGL_KERNELS_BACKEND="fast")
     assert result.returncode != 0
-    assert message in result.stderr
+    assert "is 'fast', expected one of reference, cpu, cuda, triton, or unset" in result.stderr
+
+
+@pytest.mark.skipif(backend._torch_has_gpu(), reason="this torch is built for a GPU: Triton needs no more")
+def test_triton_on_a_cpu_build_of_torch_says_what_to_do():
+    result = python("import sgl_kernels", SGL_KERNELS_BACKEND="triton", TRITON_INTERPRET="0")
+    assert result.returncode != 0
+    assert "is built for CPUs only: install a CUDA or ROCm build" in result.stderr
+    assert "or set TRITON_INTERPRET=1" in result.stderr
+
+
+def test_missing_triton_says_what_to_do():
+    code = refusing("triton") + "import sgl_kernels"
+    result = python(code, SGL_KERNELS_BACKEND="triton", TRITON_INTERPRET="1")
+    assert result.returncode != 0
+    assert "triton is not installed: pip install triton" in result.stderr
+
+
+@needs_triton
+def test_interpreted_triton_serves_the_cpu_and_is_imported_by_the_first_call():
+    code = f"""
+{SHOW}
+from sgl_kernels import registry
+assert all(registry.has_kernel(op, key) for op in registry.SCHEMAS for key in ("CPU", "CUDA"))
+assert env["extensions"] == {{}}
+{WORKS}
+assert "triton" in sys.modules
+"""
+    result = python(code, SGL_KERNELS_BACKEND="triton", TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["triton ['triton']", "triton"]
+    assert result.stderr == ""
+
+
+@needs_triton
+@pytest.mark.parametrize("override", ["", "triton"])
+def test_without_cuda_code_triton_serves_the_gpu(compiled, override):
+    result = python(CUDA_BUILD + SHOW, SGL_KERNELS_BACKEND=override)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "cpu, triton ['cpu'] ['triton']"
+    assert result.stderr == ""
+
+
+def test_a_gpu_left_to_the_reference_is_announced(compiled):
+    result = python(CUDA_BUILD + refusing("triton") + SHOW)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "cpu ['cpu'] ['reference']"
+    assert "SLOW PATH, ops on GPU tensors run as plain PyTorch" in result.stderr
+    assert "made_up_for_the_test, and triton is not installed (pip install triton)" in result.stderr
+
+
+def test_the_cpu_backend_leaves_the_gpu_alone(compiled):
+    result = python(CUDA_BUILD + SHOW, SGL_KERNELS_BACKEND="cpu")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "cpu ['cpu'] ['reference']"
+    assert result.stderr == ""
 
 
 def test_vector_width_from_the_environment(compiled):
