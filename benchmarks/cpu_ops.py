@@ -12,10 +12,8 @@ import datetime
 import json
 import platform
 import re
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from tqdm import tqdm
 
 import sgl_kernels
 from benchmarks.cases import DTYPES, Case, recipes
+from sgl_kernels.bench.timing import time_sides
 from sgl_runtime.files import whole_file
 
 DTYPE_NAMES = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
@@ -56,14 +55,8 @@ def main() -> int:
 
 def measure(case: Case) -> dict[str, Any]:
     """Median microseconds of each side, and each target with what was reached."""
-    times: dict[str, list[float]] = {side: [] for side in case.sides}
-    for warm in range(case.rounds + 1):
-        for side, call in case.sides.items():
-            start = time.perf_counter()
-            call()
-            if warm:
-                times[side].append((time.perf_counter() - start) * 1e6)
-    medians = {side: statistics.median(values) for side, values in times.items()}
+    timings = time_sides(case.sides, case.inputs, case.rounds)
+    medians = {side: timing.median_us for side, timing in timings.items()}
     ours = medians["ours"]
     targets = [
         {

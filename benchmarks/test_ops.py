@@ -8,7 +8,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from benchmarks.cases import SIDES, Case, recipes
+from benchmarks.cases import Case, recipes, side_names
 
 RECIPES = recipes()
 
@@ -20,7 +20,7 @@ def built(number: int) -> Case:
 
 
 @pytest.mark.parametrize(
-    ("number", "side"), [(number, side) for number, (op, _) in enumerate(RECIPES) for side in SIDES[op]]
+    ("number", "side"), [(number, side) for number, (op, _) in enumerate(RECIPES) for side in side_names(op)]
 )
 def test_op(benchmark, number, side):
     case = built(number)
@@ -28,4 +28,4 @@ def test_op(benchmark, number, side):
     benchmark.extra_info["side"] = side
     benchmark.extra_info["targets"] = [(t.baseline, str(t), t.factor, t.slack_us) for t in case.targets]
     with torch.inference_mode():
-        benchmark.pedantic(case.sides[side], rounds=case.rounds, warmup_rounds=1)
+        benchmark.pedantic(case.sides[side], case.inputs, rounds=case.rounds, warmup_rounds=1)

@@ -45,12 +45,17 @@ def eager_prefill(
     return probs.to(q.dtype) @ values
 
 
+def topk_select(mass: Tensor, visual_index: Tensor, text_index: Tensor, num_keep: int) -> Tensor:
+    """topk, cat, sort: the kept positions (B, kept). Which of equal masses survives is not defined."""
+    best = mass.topk(num_keep, dim=1).indices
+    return torch.cat([visual_index.gather(1, best), text_index], 1).sort(1).values
+
+
 def topk_prune(
     hidden: Tensor, mass: Tensor, visual_index: Tensor, text_index: Tensor, num_keep: int
 ) -> Tensor:
-    """topk, sort, cat, index_select. Which of equal masses survives is not defined."""
-    best = mass.topk(num_keep, dim=1).indices
-    kept = torch.cat([visual_index.gather(1, best), text_index], 1).sort(1).values.long()  # (B, kept)
+    """topk, sort, cat, index_select."""
+    kept = topk_select(mass, visual_index, text_index, num_keep).long()
     first_row = torch.arange(hidden.shape[0], device=hidden.device)[:, None] * hidden.shape[1]
     rows = hidden.flatten(0, 1).index_select(0, (kept + first_row).flatten())
     return rows.reshape(*kept.shape, hidden.shape[2])

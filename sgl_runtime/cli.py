@@ -1,4 +1,4 @@
-"""The command line: ``sgl-vlm demo | run | env``. Bad input ends in one line on stderr and exit code 2."""
+"""The command line: ``sgl-vlm demo | run | bench | env``. Bad input: one line on stderr, exit code 2."""
 
 from __future__ import annotations
 
@@ -117,6 +117,34 @@ def run(
         _print_answer(prompt, result)
         if save_map is not None:
             typer.echo(f"  picture        {save_map}")
+
+
+@app.command(
+    epilog="Example: sgl-vlm bench --op decode_attention --shape B=4,S=8192,N=7168 "
+    "--backend cuda,triton,torch"
+)
+def bench(
+    op: Annotated[str, typer.Option(help="The op, for example decode_attention.")],
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="B=4,S=8192,...: may be given several times; what it leaves out has a default."),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help="Some of cpu, cuda, triton, reference, torch; what is active and torch if not given."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Time the ops on your own shapes, beside stock torch and the bandwidth of a copy."""
+    _kernels()
+    from sgl_runtime import bench as benchmark
+
+    document = benchmark.run(benchmark.make_task(op, shape or [], backend, dtype, device))
+    typer.echo(json.dumps(document, default=str) if as_json else benchmark.table(document))
 
 
 @app.command(epilog="Example: sgl-vlm env --json")

@@ -187,7 +187,7 @@ def test_env_is_readable_and_json(sgl_vlm) -> None:
     assert "transformers: " in out
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "env"])
+@pytest.mark.parametrize("command", ["demo", "run", "bench", "env"])
 def test_help_shows_an_example(command: str) -> None:
     done = CliRunner().invoke(cli.app, [command, "--help"])
     assert done.exit_code == 0

@@ -10,16 +10,17 @@ import pytest
 import torch
 from kernel_helpers import DEVICE, missing_kernel
 
-from sgl_kernels import backend, collect_env, registry
+from sgl_kernels import backend, registry
 
 LIBRARY = os.environ.get("SGL_TEST_LIBRARY")
 if LIBRARY:
     torch.ops.load_library(LIBRARY)
 
 _extension = backend.extension("_C")
-_serving = LIBRARY or collect_env()["backends"]["decode_attention"]
-_cpu_extension_serves = DEVICE == "cpu" and "cpu" in _serving.split(", ") and _extension is not None
-ISAS = _extension.build_info()["isas"] if _cpu_extension_serves else [os.path.basename(_serving)]
+_key = torch.device(DEVICE).type.upper()
+_serving = os.path.basename(LIBRARY) if LIBRARY else registry.serving_backend("decode_attention", _key)
+_cpu_extension_serves = _serving == "cpu"
+ISAS = _extension.build_info()["isas"] if _cpu_extension_serves else [_serving]
 
 
 def pytest_configure(config):
@@ -45,9 +46,8 @@ def compiled(request):
 
     A module names the ops it is about in `OPS`; one that names none is about the CPU extension itself.
     """
-    key = torch.device(DEVICE).type.upper()
     for op in getattr(request.module, "OPS", ()):
-        if not registry.has_kernel(op, key):
+        if not registry.has_kernel(op, _key):
             missing_kernel(f"{op} is served by the reference on {DEVICE}")
     if not hasattr(request.module, "OPS") and _extension is None:
         missing_kernel("sgl_kernels._C is not loaded")
