@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 
 MODULES = {
+    "prefill_mass": "prefill_mass",
     "decode_attention": "decode_attention",
 }
 

@@ -47,9 +47,9 @@ def config(op: str, shape_class: str, device: torch.device) -> dict[str, int]:
 
 @lru_cache
 def device_key(device: torch.device) -> str:
-    """The table's name of a device: "sm_90", "gfx942", or "default" where nothing is tuned (a CPU)."""
+    """The table's name of a device: "sm_90", "gfx942", "interpreter"."""
     if device.type != "cuda":
-        return "default"
+        return "interpreter"
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return str(properties.gcnArchName).partition(":")[0]
@@ -58,11 +58,12 @@ def device_key(device: torch.device) -> str:
 
 @lru_cache
 def _config(op: str, shape_class: str, key: str) -> dict[str, int]:
+    """Later entries of the table win: of all devices, of AMD's, of this one; "any" before the class."""
     table = json.loads(TABLE.read_text())[op]
-    vendor = "amd" if key.startswith("gfx") else "default"
-    chosen: dict[str, int] = dict(table["default"][shape_class])
-    for name in (vendor, key):
-        chosen |= table.get(name, {}).get(shape_class, {})
+    chosen: dict[str, int] = {}
+    for name in ("default", "amd" if key.startswith("gfx") else key, key):
+        section = table.get(name, {})
+        chosen |= section.get("any", {}) | section.get(shape_class, {})
     return chosen
 
 
