@@ -8,11 +8,8 @@ Turns, not blocks: what else runs on the machine then slows both sides of a comp
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import sgl_kernels
 from benchmarks.cases import DTYPES, Case, recipes
+from benchmarks.provenance import environment
 from sgl_kernels.bench.timing import time_sides
 from sgl_runtime.files import whole_file
 
@@ -95,18 +92,6 @@ def markdown(results: list[dict[str, Any]]) -> str:
         measured = " | ".join(row.get(dtype, "") for dtype in DTYPE_NAMES)
         lines.append(f"| {op} | {shape} | {baseline} | {bound} | {measured} |")
     return "\n".join(lines)
-
-
-def environment() -> dict[str, Any]:
-    """`collect_env` with what a reader needs to place a number: processor, commit, date."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    cpu = models[0] if models else platform.processor()
-    today = datetime.date.today().isoformat()
-    return {"cpu": cpu, "commit": commit or "unknown", "date": today, **sgl_kernels.collect_env()}
 
 
 if __name__ == "__main__":

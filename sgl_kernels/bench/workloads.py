@@ -178,9 +178,9 @@ def _prefill_mass(n: Shape, dtype: torch.dtype, device: torch.device) -> Workloa
         return ops.prefill_mass(q, k, rows, visual, mass)
 
     def given_lse(
-        ops: Any, q: Tensor, k: Tensor, _v: Tensor, rows: Tensor, visual: Tensor, mass: Tensor, lse: Tensor
+        ops: Any, q: Tensor, k: Tensor, _v: Tensor, rows: Tensor, visual: Tensor, mass: Tensor, *rest: Tensor
     ) -> object:
-        return ops.prefill_mass(q, k, rows, visual, mass, softmax_lse=lse)
+        return ops.prefill_mass(q, k, rows, visual, mass, softmax_lse=rest[0])
 
     def eager(
         q: Tensor, k: Tensor, v: Tensor, rows: Tensor, visual: Tensor, mass: Tensor, *_: Tensor
@@ -336,4 +336,4 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _has_flash(dtype: torch.dtype, device: torch.device) -> bool:
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return device.type != "cuda" or dtype in (torch.bfloat16, torch.float16)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from kernel_helpers import (
+    DEVICE,
     arange,
     decode_inputs,
     empty,
@@ -135,12 +136,14 @@ def public_calls(
 CALLS = sorted(public_calls(TINY))
 
 
-def assert_equals_reference(name: str, sizes: Sizes, dtype: torch.dtype, inputs: tuple[Tensor, ...]) -> None:
+def assert_equals_reference(
+    name: str, sizes: Sizes, dtype: torch.dtype, inputs: tuple[Tensor, ...], truth_on: str = DEVICE
+) -> None:
     """Floats as close to the reference in fp64 as everywhere in this suite, all else equal to it."""
     results = public_calls(sizes, dtype)[name][0](*inputs)
-    wide = [t.double() if t.is_floating_point() else t for t in inputs]
+    wide = [t.to(truth_on, torch.float64 if t.is_floating_point() else t.dtype) for t in inputs]
     truths = public_calls(sizes, dtype, reference)[name][0](*wide)
-    for ours, truth in zip(results, truths, strict=True):
+    for ours, truth in zip((t.to(truth_on) for t in results), truths, strict=True):
         if ours.is_floating_point() and name != "prune_gather":
             allowed = max(4 * torch.finfo(ours.dtype).eps, 4e-6 if "given lse" in name else 2e-6)
             unit = 1.0 if name in ("greedy_token", "token_logprobs") else 0.0
