@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | tiny | clean. Each sets up $(VENV) by itself; the second time is quick.
+# make demo | test | bench | lint | cuda-check | tiny | clean. Each sets up $(VENV) by itself; the second time is quick.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench lint tiny clean
+.PHONY: demo test bench lint cuda-check tiny clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sgl-vlm demo
@@ -21,6 +21,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every CUDA kernel for every architecture, minutes; needs nvcc but no GPU.
+cuda-check: $(VENV)/.dev
+	$(BIN)/python csrc/cuda/nvcc.py --table docs/cuda_resources.md
 
 # Trains and measures the tiny pair anew: hours on two cores, and it goes on where it was stopped.
 TRAIN := $(BIN)/python -m sgl_runtime.tiny.train

@@ -3,7 +3,9 @@
 SGL_KERNELS_SKIP_BUILD=1   install without compiled kernels; the ops then run as plain PyTorch
 SGL_KERNELS_NATIVE=1       optimise the widest kernels for this machine only (-march=native)
 SGL_KERNELS_SKIP_CUDA=1    never build _C_cuda
-SGL_KERNELS_FORCE_CUDA=1   build _C_cuda even when the installed torch is a CPU build
+SGL_KERNELS_FORCE_CUDA=1   build _C_cuda even when the installed torch is a CPU build; a failure is an error
+SGL_KERNELS_CUDA_ARCHS     what _C_cuda is compiled for, such as "90" or "80;90+PTX"; by default
+                           TORCH_CUDA_ARCH_LIST, or every architecture of csrc/cuda/nvcc.py
 MAX_JOBS                   compiler processes at a time; by default from cores and free memory
 """
 
@@ -19,6 +21,9 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+import nvcc  # noqa: E402
+
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: a newer call fails to compile
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
@@ -44,13 +49,12 @@ def announce(reason: str) -> None:
 def wants_cuda() -> bool:
     """Whether to build _C_cuda: nvcc and a CUDA build of torch, never whether this machine has a GPU."""
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
 
     if flag("SGL_KERNELS_SKIP_CUDA"):
         return False
     if flag("SGL_KERNELS_FORCE_CUDA"):
         return True
-    return (CUDA_HOME is not None or shutil.which("nvcc") is not None) and torch.version.cuda is not None
+    return nvcc.path() is not None and torch.version.cuda is not None
 
 
 def isa_flags() -> dict[str, list[str]]:
@@ -88,7 +92,10 @@ def cpu_extension():  # type: ignore[no-untyped-def]
     return CppExtension(
         "sgl_kernels._C",
         ["csrc/bind_cpu.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/selection.cpp"],
-        depends=[str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").glob("cpu/*")) + sorted((ROOT / "csrc").glob("*.h"))],
+        depends=[
+            str(p.relative_to(ROOT))
+            for p in sorted((ROOT / "csrc").glob("cpu/*")) + sorted((ROOT / "csrc").glob("*.h"))
+        ],
         include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
         define_macros=list(defines.items()),
         extra_compile_args={"cxx": [*CXX_FLAGS, "-fvisibility=hidden"]},
@@ -97,18 +104,28 @@ def cpu_extension():  # type: ignore[no-untyped-def]
 
 
 def cuda_extension():  # type: ignore[no-untyped-def]
-    """The second extension, or None while csrc/cuda holds no sources."""
-    from torch.utils.cpp_extension import CUDAExtension
+    """The second extension. nvcc compiles kernels that know no torch; the C++ compiler the binding."""
+    import pybind11
+    import torch
+    from torch.utils.cpp_extension import CppExtension
 
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
-    if not sources or not wants_cuda():
+    if not wants_cuda():
         return None
-    return CUDAExtension(
+    if nvcc.path() is None:
+        raise RuntimeError("SGL_KERNELS_FORCE_CUDA is set, but there is no nvcc in CUDA_HOME or on the PATH")
+    defines = nvcc.defines(nvcc.archs()) | {
+        "TORCH_TARGET_VERSION": TORCH_TARGET_VERSION,
+        "SGL_TORCH_VERSION": f'"{torch.__version__}"',
+    }
+    return CppExtension(
         "sgl_kernels._C_cuda",
-        ["csrc/bind_cuda.cpp", *sources],
-        include_dirs=[str(ROOT / "csrc")],
-        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("USE_CUDA", "1")],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-std=c++20", "-O3"]},
+        ["csrc/bind_cuda.cpp"],
+        depends=[str(p.relative_to(ROOT)) for p in [*ROOT.glob("csrc/cuda/*"), *ROOT.glob("csrc/*.h")]],
+        include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
+        define_macros=list(defines.items()),
+        library_dirs=[nvcc.library_folder()],
+        libraries=["cudart_static", "rt", "pthread", "dl"],
+        extra_compile_args={"cxx": [*CXX_FLAGS, "-fvisibility=hidden"]},
         optional=not flag("SGL_KERNELS_FORCE_CUDA"),
     )
 
@@ -129,6 +146,8 @@ def build_command():  # type: ignore[no-untyped-def]
             try:
                 if ext.name == "sgl_kernels._C":
                     ext.extra_objects = [o for i in isa_flags().items() for o in self.compile_isa(*i)]
+                if ext.name == "sgl_kernels._C_cuda":
+                    ext.extra_objects = self.compile_cuda()
                 super().build_extension(ext)
             except Exception as error:
                 self.report(ext.name, error)
@@ -147,6 +166,14 @@ def build_command():  # type: ignore[no-untyped-def]
                 extra_postargs={"cxx": [*CXX_FLAGS, "-fvisibility=hidden", *flags]},
             )
             return objects
+
+        def compile_cuda(self) -> list[str]:
+            archs = nvcc.archs()
+            print(f"compiling csrc/cuda for {' '.join(archs)}", flush=True)
+            folder = Path(self.build_temp) / "cuda"
+            objects, words = nvcc.compile_kernels(folder, archs, int(os.environ["MAX_JOBS"]))
+            print(words, end="", file=sys.stderr, flush=True)
+            return list(objects)
 
     return BuildKernels
 

@@ -72,7 +72,7 @@ void decode_attention(Tensor q, Tensor k, Tensor v, Tensor seq_lens, OptionalTen
   check_dim(op, q.size(2));
   check_int(op, {k.size(2)}, {q.size(0), q.size(1)});
   const OnDevice device(q);
-  a.max_splits = sgl::cuda::num_splits(a.slots);
+  a.max_splits = sgl::cuda::most_splits(a.slots);
   const int64_t heads = q.size(0) * q.size(1), splits = heads * a.max_splits;
   const Tensor partial = scratch(q, splits * a.dim), statistics = scratch(q, 2 * splits);
   const Tensor logits = scratch(q, a.mass || a.head_mass ? heads * a.slots : 0);

@@ -26,6 +26,11 @@ SGL_INLINE constexpr int split_keys(int length) {
   return kSplit * (pieces > 1 ? pieces : 1);
 }
 SGL_INLINE constexpr int num_splits(int length) { return ceil_div(length, split_keys(length)); }
+// The most that any length up to `slots` has: more than `slots` itself may have, where its splits are longer.
+SGL_INLINE constexpr int most_splits(int slots) {
+  const int splits = ceil_div(slots, kSplit);
+  return splits < kMaxSplits ? splits : kMaxSplits;
+}
 
 struct DecodeArgs {
   Dtype dtype;
@@ -43,7 +48,7 @@ struct DecodeArgs {
   void* out;  // (B, Hq, D) contiguous
   // Scratch: of each split the unnormalised output, its largest logit and the sum of exp2 above it; of each key its
   // logit in units of log 2 (null without a mass).
-  int max_splits;      // num_splits of a full cache
+  int max_splits;      // most_splits of the cache
   float* partial;      // (B, Hq, max_splits, D)
   float* statistics;   // (B, Hq, max_splits, 2)
   float* logits;       // (B, Hq, S)

@@ -27,8 +27,14 @@ def build(out: Path, sanitize: bool = False) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     flags = FLAGS + (["-fsanitize=address,undefined", "-fno-omit-frame-pointer"] if sanitize else [])
-    torch_flags = [f"-I{path}" for path in (*include_paths(), pybind11.get_include(), sysconfig.get_path("include"))]
-    torch_flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", '-DSGL_COMPILER="emulated"', '-DSGL_CUDA_VERSION="emulated"']
+    torch_flags = [
+        f"-I{path}" for path in (*include_paths(), pybind11.get_include(), sysconfig.get_path("include"))
+    ]
+    torch_flags += [
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        '-DSGL_COMPILER="emulated"',
+        '-DSGL_CUDA_VERSION="emulated"',
+    ]
     torch_flags += ['-DSGL_CUDA_ARCHITECTURES="none"', f'-DSGL_TORCH_VERSION="{torch.__version__}"']
     objects = out.parent / f"{out.stem}.objects"
     objects.mkdir(parents=True, exist_ok=True)
@@ -48,9 +54,13 @@ def build(out: Path, sanitize: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--sanitize", action="store_true", help="with the address and undefined-behaviour sanitizers")
+    parser.add_argument(
+        "--sanitize", action="store_true", help="with the address and undefined-behaviour sanitizers"
+    )
     options = parser.parse_args()
     build(options.out.resolve(), options.sanitize)
     sys.exit(0)

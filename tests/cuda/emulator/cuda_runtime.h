@@ -5,6 +5,7 @@
 // each block.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -53,7 +54,9 @@ constexpr size_t kStack = 64 << 10, kSharedLimit = 227 << 10;
 }
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // where it starts
+  jmp_buf place;       // where it goes on: unlike swapcontext, _setjmp makes no system call
+  bool started = false;
   std::unique_ptr<char[]> stack{new char[kStack]};
   dim3 thread;
   int lane = 0, warp = 0;
@@ -70,7 +73,8 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<unsigned char> shared = std::vector<unsigned char>(kSharedLimit + 16);
-  ucontext_t scheduler;
+  ucontext_t origin;
+  jmp_buf scheduler;
   Fiber* now = nullptr;
   const std::function<void()>* body = nullptr;
   bool reverse = false;
@@ -84,13 +88,21 @@ struct Machine {
   }
   void wait(int scope) {
     now->waiting = scope;
-    swapcontext(&now->context, &scheduler);
+    if (_setjmp(now->place) == 0) _longjmp(scheduler, 1);
+  }
+  void resume(Fiber& f) {
+    now = &f;
+    threadIdx = f.thread;
+    if (_setjmp(scheduler) != 0) return;
+    if (f.started) _longjmp(f.place, 1);
+    f.started = true;
+    swapcontext(&origin, &f.context);
   }
   static void enter() {
     Machine& m = get();
     (*m.body)();
     m.now->done = true;
-    swapcontext(&m.now->context, &m.scheduler);
+    _longjmp(m.scheduler, 1);
   }
   void start_block(int threads) {
     std::memset(dynamic(), 0xff, kSharedLimit);
@@ -98,7 +110,7 @@ struct Machine {
       Fiber& f = fibers[t];
       f.thread = {static_cast<unsigned>(t), 0, 0};
       f.lane = t % kWarp, f.warp = t / kWarp;
-      f.done = false, f.waiting = 0;
+      f.done = f.started = false, f.waiting = 0;
       getcontext(&f.context);
       f.context.uc_stack.ss_sp = f.stack.get();
       f.context.uc_stack.ss_size = kStack;
@@ -122,9 +134,7 @@ struct Machine {
       for (int i = 0; i < threads; ++i) {
         Fiber& f = fibers[reverse ? threads - 1 - i : i];
         if (!f.done && !f.waiting) {
-          now = &f;
-          threadIdx = f.thread;
-          swapcontext(&scheduler, &f.context);
+          resume(f);
           ran = true;
         }
         all_done &= f.done;
