@@ -197,6 +197,12 @@ struct Launch {
   bool after_previous = false;
 };
 
+inline bool launches_early() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+
 template <class... Parameters, class... Arguments>
 int launch(const Launch& shape, void* stream, void (*kernel)(Parameters...), const Arguments&... args) {
   if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return cudaSuccess;
@@ -214,7 +220,7 @@ int launch(const Launch& shape, void* stream, void (*kernel)(Parameters...), con
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
-  config.numAttrs = shape.after_previous ? 1 : 0;
+  config.numAttrs = shape.after_previous && launches_early() ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 

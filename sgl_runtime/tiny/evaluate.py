@@ -10,7 +10,10 @@ bootstrap intervals; scenes are drawn, not questions: the questions about a scen
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -81,15 +84,36 @@ def answer_question(pipe: SGLPipeline, image: Any, prompt: str, seed: int) -> di
     return out
 
 
-def collect(pipe: SGLPipeline, split: str, scenes: Sequence[int]) -> list[dict[str, Any]]:
-    """Answer QUESTIONS_PER_SCENE questions about each of these scenes of ``split``."""
-    rows: list[dict[str, Any]] = []
-    for index in tqdm(scenes, desc=f"{split} scenes", unit="scene"):
-        scene = make_scene(split, index, QUESTIONS_PER_SCENE)
-        for number, question in enumerate(scene.questions):
-            asked = {"scene": index, "kind": question.kind, "prompt": question.text, "truth": question.answer}
-            rows.append(asked | answer_question(pipe, scene.image, question.text, 1000 * index + number))
+def answer_scene(pipe: SGLPipeline, split: str, index: int) -> list[dict[str, Any]]:
+    """Answer QUESTIONS_PER_SCENE questions about scene ``index`` of ``split``."""
+    scene = make_scene(split, index, QUESTIONS_PER_SCENE)
+    rows = []
+    for number, question in enumerate(scene.questions):
+        asked = {"scene": index, "kind": question.kind, "prompt": question.text, "truth": question.answer}
+        rows.append(asked | answer_question(pipe, scene.image, question.text, 1000 * index + number))
     return rows
+
+
+def collect(
+    small: Path, large: Path, split: str, scenes: Sequence[int], workers: int
+) -> list[dict[str, Any]]:
+    """Every answer, in the order of ``scenes``. Models this small run best on one thread each."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (small, large)) as pool:
+        answered = pool.map(_answer_in_worker, [split] * len(scenes), scenes)
+        return [row for rows in tqdm(answered, f"{split} scenes", len(scenes), unit="scene") for row in rows]
+
+
+_pipes: list[SGLPipeline] = []  # of a worker process: the one it answers with
+
+
+def _start_worker(small: Path, large: Path) -> None:
+    torch.set_num_threads(1)
+    _pipes.append(SGLPipeline.from_pretrained(small, large))
+
+
+def _answer_in_worker(split: str, index: int) -> list[dict[str, Any]]:
+    return answer_scene(_pipes[0], split, index)
 
 
 def interval(right: np.ndarray, scenes: np.ndarray) -> tuple[float, float, float]:
@@ -114,12 +138,14 @@ def exit_curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
         exits = np.zeros(len(rows), dtype=bool)
         exits[order[: round(share * len(rows))]] = True
+        routed, chance = np.where(exits, small, large), share * small + (1 - share) * large
         points.append(
             {
                 "share": share,
                 "threshold": float(score[exits].min()),
-                "early exit": interval(np.where(exits, small, large), scenes),
-                "random routing": interval(share * small + (1 - share) * large, scenes),
+                "early exit": interval(routed, scenes),
+                "random routing": interval(chance, scenes),
+                "gain": interval(routed - chance, scenes),  # of the same scenes: paired
             }
         )
     return points
@@ -132,10 +158,10 @@ def report(rows: list[dict[str, Any]]) -> str:
     for setting in SETTINGS:
         lines += [_table_row(f"large at {setting}", name, rows, f"{name} {setting}") for name in RANKINGS]
     lines += ["", f"Early exit, large VLM guided at {EXIT_SETTING}:", ""]
-    lines += ["| exits | threshold | by decision score | random routing |", "| --- " * 4 + "|"]
+    lines += ["| exits | threshold | by decision score | random routing | gain |", "| --- " * 5 + "|"]
     for point in exit_curve(rows):
-        early, chance = (_percent(point[name]) for name in ("early exit", "random routing"))
-        lines.append(f"| {point['share']:.0%} | {point['threshold']:.3f} | {early} | {chance} |")
+        cells = " | ".join(_percent(point[name]) for name in ("early exit", "random routing", "gain"))
+        lines.append(f"| {point['share']:.0%} | {point['threshold']:.3f} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
@@ -161,12 +187,13 @@ def main(
     split: Annotated[Literal["test", "calibration"], typer.Option(help="Which scenes.")] = "test",
     small: Annotated[Path, typer.Option(help="Checkpoint of the small VLM.")] = SMALL,
     large: Annotated[Path, typer.Option(help="Checkpoint of the large VLM.")] = LARGE,
+    workers: Annotated[int, typer.Option(help="Processes, of one thread each.", min=1)] = os.cpu_count() or 1,
     out: Annotated[Path, typer.Option(help="Every answer goes to OUT.json, the tables to OUT.md.")] = Path(
         "runs/tiny-eval"
     ),
 ) -> None:
     """Measure the pair and print the tables."""
-    rows = collect(SGLPipeline.from_pretrained(small, large), split, range(scenes))
+    rows = collect(small, large, split, range(scenes), workers)
     with whole_file(out.with_suffix(".json")) as partial:
         measured = {"environment": sgl_kernels.collect_env(), "split": split, "rows": rows}
         partial.write_text(json.dumps(measured), encoding="utf-8")

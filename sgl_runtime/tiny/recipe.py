@@ -50,7 +50,7 @@ class Size:
 
 
 SIZES = {
-    "small": Size(64, 3, 96, 4, 4, 2, 96),
+    "small": Size(64, 3, 128, 6, 4, 2, 96),
     "large": Size(144, 5, 128, 10, 4, 2, 128),
 }
 

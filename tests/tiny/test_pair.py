@@ -21,8 +21,8 @@ def pipe() -> SGLPipeline:
 
 
 @pytest.fixture(scope="module")
-def rows(pipe: SGLPipeline) -> list[dict[str, Any]]:
-    return evaluate.collect(pipe, "calibration", SCENES)
+def rows() -> list[dict[str, Any]]:
+    return evaluate.collect(tiny.SMALL, tiny.LARGE, "calibration", SCENES, workers=2)
 
 
 def accuracy(rows: list[dict[str, Any]], name: str) -> float:

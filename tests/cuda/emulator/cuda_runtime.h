@@ -274,6 +274,12 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 9;
+  return cudaSuccess;
+}
 inline const char* cudaGetErrorName(cudaError_t) { return "emulated"; }
 template <class K>
 cudaError_t cudaFuncSetAttribute(K*, cudaFuncAttribute, int bytes) {
