@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable
 
 MODULES = {
+    "greedy_token": "vocabulary",
+    "token_logprobs": "vocabulary",
     "prefill_mass": "prefill_mass",
     "decode_attention": "decode_attention",
 }
