@@ -1,4 +1,4 @@
-"""The pages about the ops: one for each, with an example that runs, the right signature and links that lead on."""
+"""The pages about the ops: one each, with an example that runs, the right signature and working links."""
 
 import doctest
 import inspect
