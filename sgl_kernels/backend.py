@@ -166,7 +166,7 @@ def _require_triton() -> None:
 
 
 def _register_triton(dispatch_keys: list[str]) -> None:
-    for op in triton.MODULES:
+    for op in registry.SCHEMAS:
         for key in dispatch_keys:
             if not registry.has_kernel(op, key):
                 registry.implement(op, key, "triton", triton.implementation(op))

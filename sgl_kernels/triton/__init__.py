@@ -11,10 +11,12 @@ import os
 from collections.abc import Callable
 
 MODULES = {
+    "decode_attention": "decode_attention",
+    "prefill_mass": "prefill_mass",
+    "select_tokens": "selection",
+    "prune_gather": "selection",
     "greedy_token": "vocabulary",
     "token_logprobs": "vocabulary",
-    "prefill_mass": "prefill_mass",
-    "decode_attention": "decode_attention",
 }
 
 

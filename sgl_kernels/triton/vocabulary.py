@@ -1,9 +1,9 @@
 """greedy_token and token_logprobs: log-softmax at one token of each row, the vocabulary split over programs.
 
-A program of the first launch owns one row and BLOCK_TOKENS tokens, which it reads once into registers; it leaves
-their largest logit, the sum of exponentials and the first id that has the largest. A program of the second
-launch combines the blocks of one row, 12 bytes each, and reads one logit more when the token is given. Blocks
-start at multiples of BLOCK_TOKENS, so how a row is split follows from the vocabulary only.
+A program of the first launch owns one row and BLOCK_TOKENS tokens, which it reads once into registers; it
+leaves their largest logit, the sum of exponentials and the first id that has the largest. A program of the
+second launch combines the blocks of one row, 12 bytes each, and reads one logit more when the token is given.
+Blocks start at multiples of BLOCK_TOKENS, so how a row is split follows from the vocabulary only.
 """
 
 from __future__ import annotations

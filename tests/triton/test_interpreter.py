@@ -24,7 +24,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("name", ["test_decode_attention.py", "test_prefill_mass.py", "test_vocabulary.py"])
+@pytest.mark.parametrize(
+    "name",
+    ["test_decode_attention.py", "test_prefill_mass.py", "test_selection.py", "test_vocabulary.py"],
+)
 def test_ops_pass_their_tests_interpreted(name):
     environment = {
         **os.environ,
