@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COPIED = ["csrc", "sgl_kernels", "sgl_runtime", "tests/kernels", "benchmarks", "docs"]
+COPIED = ["csrc", "sgl_kernels", "sgl_runtime", "tests", "benchmarks", "docs", "examples"]
 BUILD = """
 from setuptools import build_meta
 build_meta.build_sdist("dist")
@@ -24,7 +24,7 @@ def built(tmp_path_factory):
     """Names in the sdist and in the wheel."""
     tree = tmp_path_factory.mktemp("tree")
     for folder in COPIED:
-        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("model.safetensors"))
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("*.safetensors"))
     for file in ROOT.iterdir():
         if file.is_file():
             shutil.copy(file, tree / file.name)
@@ -59,7 +59,8 @@ def files(folder, *suffixes):
 def test_sdist_can_be_built_and_tested(built):
     source, _ = built
     assert files("csrc", ".cpp", ".h", ".cu", ".cuh") <= source
-    assert files("tests/kernels", ".py") | files("benchmarks", ".py") | files("docs", ".md") <= source
+    assert files("tests", ".py", ".h") | files("benchmarks", ".py", ".sh") | files("docs", ".md") <= source
+    assert files("examples", ".py") <= source
     top = ["Makefile", "CONTRIBUTING.md", "README.md", "LICENSE", "MANIFEST.in", "pyproject.toml", "setup.py"]
     assert source >= {*top, "sgl_kernels/py.typed", "sgl_runtime/py.typed"}
 
@@ -76,6 +77,11 @@ def test_both_hold_the_data_of_the_tiny_pair(built):
 def test_neither_holds_build_leftovers(built):
     for names in built:
         assert not [n for n in names if "__pycache__" in n or n.endswith((".pyc", ".so"))]
+
+
+def test_both_hold_the_kernels_in_python(built):
+    for names in built:
+        assert names >= files("sgl_kernels", ".py", ".json")
 
 
 def test_wheel_holds_the_packages_only(built):
