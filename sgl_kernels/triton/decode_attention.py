@@ -173,8 +173,8 @@ def combine_kernel(
     else:
         n = (task - heads) * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
         is_slot = n < visual_slots
-        place = visual_index + b * index_batch + n.to(tl.int64) * index_slot
-        position = tl.load(place, mask=is_slot, other=-1)
+        index_place = visual_index + b * index_batch + n.to(tl.int64) * index_slot
+        position = tl.load(index_place, mask=is_slot, other=-1)
         is_slot = (position >= 0) & (position < length)
         received = tl.zeros([BLOCK_SLOTS], tl.float32)
         for first in range(0, heads, BLOCK_HEADS):
