@@ -41,7 +41,7 @@ struct RowPart {
 };
 
 template <class T, int kDim, bool kAligned>
-__global__ void __launch_bounds__(32 * kReceivedFmaWarps) prefill_received_fma(const PrefillArgs a) {
+__global__ void __launch_bounds__(32 * kReceivedFmaWarps, 1) prefill_received_fma(const PrefillArgs a) {
   wait_for_previous_launch();
   const int request = blockIdx.y, warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4;
   const float scale = a.scale * kLog2e;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(32 * kReceivedFmaWarps) prefill_received_fma(c
 }
 
 template <class T, int kDim, bool kAligned>
-__global__ void __launch_bounds__(32 * kLseWarps) prefill_row_statistics_fma(const PrefillArgs a) {
+__global__ void __launch_bounds__(32 * kLseWarps, 1) prefill_row_statistics_fma(const PrefillArgs a) {
   allow_next_launch();
   const int request = blockIdx.z, head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int begin = blockIdx.x * kLseSplit, end = min(a.length, begin + kLseSplit);

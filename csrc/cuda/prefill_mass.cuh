@@ -56,7 +56,7 @@ __device__ __forceinline__ void add_received(const PrefillArgs& a, int request, 
 }
 
 template <class T, int kDim, int kTiles, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps) prefill_received(const PrefillArgs a) {
+__global__ void __launch_bounds__(32 * kWarps, 1) prefill_received(const PrefillArgs a) {
   wait_for_previous_launch();
   constexpr int kKeys = 16 * kTiles;
   const int request = blockIdx.y, warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
@@ -119,7 +119,7 @@ __device__ __forceinline__ float* row_statistics(const PrefillArgs& a, int reque
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(32 * kLseWarps) prefill_row_statistics(const PrefillArgs a) {
+__global__ void __launch_bounds__(32 * kLseWarps, 1) prefill_row_statistics(const PrefillArgs a) {
   allow_next_launch();
   constexpr int kTiles = kRowTiles<T, kDim>, kRows = 8 * kTiles;
   const int request = blockIdx.z, head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
