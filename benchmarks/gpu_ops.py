@@ -22,8 +22,8 @@ import sgl_kernels
 from benchmarks.gpu_cases import DTYPE, GpuCase, build, cases, shrunk
 from benchmarks.provenance import environment, gpu
 from sgl_kernels import registry
-from sgl_kernels.bench.timing import Ceilings, ceilings, time_sides
-from sgl_kernels.bench.workloads import Workload, describe
+from sgl_kernels.bench.timing import Ceilings, ceilings, runnable, time_sides
+from sgl_kernels.bench.workloads import describe
 from sgl_runtime.files import whole_file
 
 
@@ -84,8 +84,10 @@ def measure_case(case: GpuCase, limit: Ceilings, tiny: bool = False) -> dict[str
         torch.manual_seed(0)
         with torch.inference_mode():
             workload = build(case, torch.device("cpu" if tiny else "cuda"))
-            sides = {**workload.sides(sgl_kernels), **usable(workload, result)}
-            timings = time_sides(sides, workload.inputs, rounds=2 if tiny else None)
+            stock, result["cannot_run"] = runnable(workload.stock, workload.inputs)
+            sides = {**workload.sides(sgl_kernels), **stock}
+            touched = workload.cost("").bytes
+            timings = time_sides(sides, workload.inputs, 2 if tiny else None, touched)
     except Exception as error:
         return {**result, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
     for name, timing in timings.items():
@@ -111,19 +113,6 @@ def measure_case(case: GpuCase, limit: Ceilings, tiny: bool = False) -> dict[str
             pass
         result["targets"].append(outcome)
     return result
-
-
-def usable(workload: Workload, result: dict[str, Any]) -> dict[str, Any]:
-    """The stock sides that run here; why the others do not is kept in `result`."""
-    runs = {}
-    for name, call in workload.stock.items():
-        try:
-            call(*workload.inputs)
-            runs[name] = call
-        except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            result.setdefault("cannot_run", {})[name] = reason
-    return runs
 
 
 def short_table(documents: list[dict[str, Any]]) -> str:

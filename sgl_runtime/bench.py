@@ -19,7 +19,7 @@ import torch
 import sgl_kernels
 from sgl_kernels import registry
 from sgl_kernels.bench import workloads
-from sgl_kernels.bench.timing import Call, Ceilings, ceilings, time_sides
+from sgl_kernels.bench.timing import Call, Ceilings, ceilings, runnable, time_sides
 from sgl_runtime.errors import ConfigError
 
 COMPILED = ("cpu", "cuda", "triton")
@@ -98,6 +98,8 @@ def run(task: Task) -> dict[str, Any]:
 
 def with_roofline(row: Row, limit: Ceilings) -> Row:
     """Add what the time means: GB/s of the counted bytes, share of copy bandwidth, and the nearer ceiling."""
+    if "cannot_run" in row:
+        return row
     seconds = row["median_us"] / 1e6
     floors = {
         "memory": row["bytes"] / limit.copy_bytes_per_s,
@@ -122,6 +124,9 @@ def table(document: dict[str, Any]) -> str:
             heading = f"{'backend':<10} {'what':<30} {'median us':>10} {'p10':>9} {'p90':>9} {'GB/s':>8}"
             lines += ["", title, f"{heading}  share of roofline"]
             last = title
+        if "cannot_run" in row:
+            lines.append(f"{row['backend']:<10} {row['side'] or row['op']:<30} {row['cannot_run']}")
+            continue
         numbers = f"{row['median_us']:>10.1f} {row['p10_us']:>9.1f} {row['p90_us']:>9.1f}"
         share = f"{row['share_of_bound']:.0%} {row['bound']}"
         lines.append(
@@ -149,8 +154,12 @@ def _measure(task: Task) -> list[Row]:
             else:
                 calls = workload.sides(sgl_kernels.reference if backend == "reference" else sgl_kernels)
             sides |= {(backend, name): call for name, call in calls.items()}
+        order = list(sides)
         with torch.inference_mode():
-            timings = time_sides(sides, workload.inputs, rounds=task.rounds)
+            sides, refused = runnable(sides, workload.inputs)
+            timings = time_sides(sides, workload.inputs, task.rounds, workload.cost("").bytes)
+        results = {key: dataclasses.asdict(timing) for key, timing in timings.items()}
+        results |= {key: {"cannot_run": reason} for key, reason in refused.items()}
         rows += [
             {
                 "op": task.op,
@@ -158,10 +167,10 @@ def _measure(task: Task) -> list[Row]:
                 "dtype": str(workload.dtype).removeprefix("torch."),
                 "backend": backend,
                 "side": side,
-                **dataclasses.asdict(timing),
+                **results[backend, side],
                 **dataclasses.asdict(workload.cost(side)),
             }
-            for (backend, side), timing in timings.items()
+            for backend, side in order
         ]
     return rows
 

@@ -28,8 +28,8 @@ CPU_ROUNDS, CUDA_ROUNDS = 40, 30
 class Timing:
     """Microseconds per call. `method` is "clock", "graph", or "events" where a graph could not be captured.
 
-    `rotated_bytes` is the size of all input copies that took turns; on CUDA, inputs were read from memory and
-    not from the L2 cache if it exceeds `l2_bytes`.
+    `rotated_bytes` is what a call touches times the input copies that took turns; on CUDA, inputs were read
+    from memory and not from the L2 cache if it exceeds `l2_bytes`.
     """
 
     median_us: float
@@ -51,7 +51,10 @@ class Ceilings:
 
 
 def time_sides(
-    sides: Mapping[Side, Call], inputs: tuple[Tensor, ...], rounds: int | None = None
+    sides: Mapping[Side, Call],
+    inputs: tuple[Tensor, ...],
+    rounds: int | None = None,
+    touched: int | None = None,
 ) -> dict[Side, Timing]:
     """Time each side's call of `inputs`, all on one device, in turn.
 
@@ -63,9 +66,12 @@ def time_sides(
         One set of arguments; on CUDA it is copied until the copies exceed the L2 cache.
     rounds : int, optional
         Samples of each side; 40 on the CPU and 30 on CUDA when None.
+    touched : int, optional
+        Bytes of `inputs` that a call touches; all of them when None.
     """
     on_gpu = inputs[0].device.type == "cuda"
-    copies, l2_bytes = _copies(inputs) if on_gpu else ([inputs], 0)
+    touched = min(touched or _bytes(inputs), _bytes(inputs))
+    copies, l2_bytes = _copies(inputs, touched) if on_gpu else ([inputs], 0)
     samplers: dict[Side, _GraphSampler | _ClockSampler] = {
         name: _GraphSampler(call, copies) if on_gpu else _ClockSampler(call, inputs)
         for name, call in sides.items()
@@ -77,11 +83,24 @@ def time_sides(
             microseconds = sampler.sample()
             if warm:
                 times[name].append(microseconds)
-    rotated = sum(map(_bytes, copies))
     return {
-        name: _timing(times[name], sampler.calls, sampler.method, rotated, l2_bytes)
+        name: _timing(times[name], sampler.calls, sampler.method, len(copies) * touched, l2_bytes)
         for name, sampler in samplers.items()
     }
+
+
+def runnable(
+    sides: Mapping[Side, Call], inputs: tuple[Tensor, ...]
+) -> tuple[dict[Side, Call], dict[Side, str]]:
+    """The sides that can be called here, and why the others cannot: a backend of torch may refuse a shape."""
+    runs, refused = {}, {}
+    for name, call in sides.items():
+        try:
+            call(*inputs)
+            runs[name] = call
+        except Exception as error:
+            refused[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return runs, refused
 
 
 def ceilings(
@@ -173,9 +192,12 @@ class _GraphSampler:
         return self.start.elapsed_time(self.stop) * 1e3 / self.calls
 
 
-def _copies(inputs: tuple[Tensor, ...]) -> tuple[list[tuple[Tensor, ...]], int]:
-    l2_bytes = torch.cuda.get_device_properties(inputs[0].device).L2_cache_size
-    count = min(MAX_COPIES, max(1, -(-2 * l2_bytes // max(1, _bytes(inputs)))))
+def _copies(inputs: tuple[Tensor, ...], touched: int) -> tuple[list[tuple[Tensor, ...]], int]:
+    """As many copies as twice the L2 cache takes, in at most a quarter of the memory that is free."""
+    device = inputs[0].device
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    room = torch.cuda.mem_get_info(device)[0] // 4 // max(1, _bytes(inputs))
+    count = max(1, min(MAX_COPIES, -(-2 * l2_bytes // max(1, touched)), room))
     return [inputs, *(tuple(t.clone() for t in inputs) for _ in range(count - 1))], l2_bytes
 
 

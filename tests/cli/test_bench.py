@@ -10,6 +10,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from sgl_kernels import compositions
 from sgl_kernels.bench.timing import Ceilings
 from sgl_runtime import bench, cli
 from sgl_runtime.errors import ConfigError
@@ -37,8 +38,9 @@ def test_json_has_a_row_for_each_side() -> None:
         ("torch", "grouped matmul"),
         ("torch", "SDPA, no mass"),
         ("torch", "SDPA over groups, no mass"),
+        ("torch", "flash SDPA, no mass"),
     }
-    assert [row["shape"]["B"] for row in rows] == [1] * 6 + [2] * 6
+    assert [row["shape"]["B"] for row in rows] == [1] * 7 + [2] * 7
     for row in rows:
         assert 0 < row["p10_us"] <= row["median_us"] <= row["p90_us"]
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_us"] / 1e3)
@@ -64,6 +66,20 @@ def test_roofline_names_the_nearer_ceiling() -> None:
     assert (seen["bound"], seen["share_of_bound"]) == ("memory", pytest.approx(0.5))
     seen = bench.with_roofline({**row, "flops": 80_000}, Ceilings(1e9, 1e9))
     assert (seen["bound"], seen["share_of_bound"]) == ("compute", pytest.approx(0.8))
+
+
+def test_a_side_that_refuses_the_shape_is_said_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("No available kernel. Aborting execution.\nAnd more")
+
+    monkeypatch.setattr(compositions, "log_softmax_greedy", refuse)
+    document = bench.run(bench.make_task("greedy_token", ["V=50"], "torch,reference", "float32", "cpu"))
+    refused, ran = document["results"]
+    assert refused["cannot_run"] == "RuntimeError: No available kernel. Aborting execution."
+    assert ran["median_us"] > 0
+    text = bench.table(document)
+    assert "torch      log_softmax, max               RuntimeError: No available kernel" in text
+    assert "reference  greedy_token" in text
 
 
 def test_another_backend_is_measured_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

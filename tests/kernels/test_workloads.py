@@ -1,5 +1,9 @@
 """What benchmarks time: sides that are compared compute the same, and counted bytes are those of the data."""
 
+import contextlib
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from kernel_helpers import relative_error
@@ -132,3 +136,84 @@ def test_ceilings():
     limit = timing.ceilings(CPU, torch.float32, copied=1 << 20, size=64)
     assert 1e7 < limit.copy_bytes_per_s < 1e13
     assert 1e6 < limit.matmul_flops_per_s < 1e14
+
+
+class FakeCuda:
+    """As much of torch.cuda as the timer uses; events read a clock that only calls move."""
+
+    def __init__(self, capturable):
+        self.now_ms, self.capturable, self.replayed, self.captured = 0.0, capturable, 0, None
+
+    def event(self, enable_timing):
+        assert enable_timing
+        return FakeEvent(self)
+
+    def work(self, *_):
+        if self.captured is None:
+            self.now_ms += 0.010  # 10 us, launched alone
+        else:
+            self.captured += 1
+
+    def graph_of(self):
+        fake = self
+
+        class Graph:
+            def replay(self):
+                fake.replayed += 1
+                fake.now_ms += 0.002 * self.calls  # 2 us, from a graph
+
+        return Graph()
+
+    @contextlib.contextmanager
+    def capture(self, graph):
+        if not self.capturable:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.captured = 0
+        yield
+        graph.calls, self.captured = self.captured, None
+
+
+class FakeEvent:
+    def __init__(self, cuda):
+        self.cuda, self.at = cuda, None
+
+    def record(self):
+        self.at = self.cuda.now_ms
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, later):
+        return later.at - self.at
+
+
+@pytest.fixture(params=[True, False], ids=["graph", "events"])
+def cuda(request, monkeypatch):
+    fake = FakeCuda(request.param)
+    monkeypatch.setattr(torch.cuda, "Event", fake.event)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", fake.graph_of)
+    monkeypatch.setattr(torch.cuda, "graph", fake.capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (40_000, 80_000))
+    properties = SimpleNamespace(L2_cache_size=1000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    return fake
+
+
+def test_gpu_samples_are_replays_over_more_than_the_cache(cuda):
+    """Only the arithmetic of the timer: that real graphs replay what was captured is for a GPU to show."""
+    inputs = (torch.zeros(10), torch.zeros(20))  # 120 bytes
+    assert len(timing._copies(inputs, touched=40)[0]) == 50
+    assert len(timing._copies(inputs, touched=1)[0]) == 83  # a quarter of the memory
+    copies, l2_bytes = timing._copies(inputs, touched=120)
+    assert (len(copies), l2_bytes) == (17, 1000)
+    assert len({pair[0].data_ptr() for pair in copies}) == 17
+    sampler = timing._GraphSampler(cuda.work, copies)
+    assert sampler.calls % 17 == 0
+    assert sampler.calls == pytest.approx(timing.GRAPH_US / 10, abs=17)
+    expected = (2.0, "graph") if cuda.capturable else (10.0, "events")
+    assert (pytest.approx(sampler.sample()), sampler.method) == expected
+    assert cuda.replayed == int(cuda.capturable)
