@@ -22,7 +22,7 @@ MODULES = {
 
 def interpreting() -> bool:
     """Whether Triton interprets its kernels on the CPU; it reads the variable when it is imported."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 
 
 def implementation(op: str) -> Callable[..., None]:

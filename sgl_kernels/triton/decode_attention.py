@@ -19,12 +19,19 @@ import triton.language as tl
 from torch import Tensor
 
 from sgl_kernels.triton import launching
-from sgl_kernels.triton.launching import FLOATS, ceil_div, power_of_two, require, rows_contiguous
+from sgl_kernels.triton.launching import (
+    ANY_ALIGNMENT,
+    FLOATS,
+    ceil_div,
+    power_of_two,
+    require,
+    rows_contiguous,
+)
 
 OP = "decode_attention"
 
 
-@triton.jit(do_not_specialize=["kv_heads", "slots"])
+@triton.jit(do_not_specialize=ANY_ALIGNMENT)
 def split_kernel(
     q,  # (B, Hq, D)
     k,  # (B, Hkv, S, D)
@@ -115,7 +122,7 @@ def split_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["heads", "slots", "splits", "visual_slots"])
+@triton.jit(do_not_specialize=ANY_ALIGNMENT)
 def combine_kernel(
     partial,  # (B, Hq, splits, D)
     maxima,  # (B, Hq, MAX_SPLITS)

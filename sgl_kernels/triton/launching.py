@@ -23,6 +23,15 @@ if interpreting():
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+# Arguments whose size and alignment Triton must not compile into a kernel. They differ between a request
+# alone and in a batch, alignment decides how a tile lies in registers, and so in which order it is summed.
+ANY_ALIGNMENT = [
+    *("seq_lens", "query_index", "visual_index", "mass", "head_mass", "lse", "num_keep_each"),
+    *("lens_stride", "query_batch", "index_batch", "mass_batch", "head_mass_batch", "head_mass_head"),
+    *("lse_batch", "lse_head", "lse_position", "each_stride", "target_stride"),
+    *("kv_heads", "heads", "slots", "splits", "visual_slots", "length", "rows", "blocks", "vocabulary"),
+    *("max_len", "num_keep", "out_len", "unknown"),
+]
 TABLE = Path(__file__).with_name("configs.json")
 
 

@@ -21,14 +21,21 @@ import triton.language as tl
 from torch import Tensor
 
 from sgl_kernels.triton import launching
-from sgl_kernels.triton.launching import FLOATS, ceil_div, power_of_two, require, rows_contiguous
+from sgl_kernels.triton.launching import (
+    ANY_ALIGNMENT,
+    FLOATS,
+    ceil_div,
+    power_of_two,
+    require,
+    rows_contiguous,
+)
 
 OP = "prefill_mass"
 LOG2E = tl.constexpr(math.log2(math.e))
 NO_KEY = tl.constexpr(2**31 - 1)
 
 
-@triton.jit(do_not_specialize=["kv_heads", "length", "rows", "splits"])
+@triton.jit(do_not_specialize=ANY_ALIGNMENT)
 def denominator_kernel(
     q,  # (B, Hq, S, D)
     k,  # (B, Hkv, S, D)
@@ -96,7 +103,7 @@ def denominator_kernel(
     tl.store(sums + place, total, mask=counts)
 
 
-@triton.jit(do_not_specialize=["heads", "length", "rows", "splits", "visual_slots"])
+@triton.jit(do_not_specialize=ANY_ALIGNMENT)
 def received_kernel(
     q,  # (B, Hq, S, D)
     k,  # (B, Hkv, S, D)
@@ -186,7 +193,7 @@ def received_kernel(
     tl.store(received + row_of_batch * visual_slots + n, tl.sum(probs, 1), mask=is_slot)
 
 
-@triton.jit(do_not_specialize=["heads", "length", "visual_slots"])
+@triton.jit(do_not_specialize=ANY_ALIGNMENT)
 def fold_kernel(
     received,  # (B, Hq, N)
     visual_index,  # (B, N)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sgl_kernels.triton import launching
-from sgl_kernels.triton.launching import ceil_div, power_of_two, require, rows_contiguous
+from sgl_kernels.triton.launching import ANY_ALIGNMENT, ceil_div, power_of_two, require, rows_contiguous
 
 MAX_SLOTS = 32768
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -43,7 +43,7 @@ def load_keys(mass, visual_index, index_slot, n, slots, length):
     return tl.where(is_slot, key, 0), at
 
 
-@triton.jit(do_not_specialize=["max_len", "num_keep", "slots", "out_len"])
+@triton.jit(do_not_specialize=ANY_ALIGNMENT)
 def select_kernel(
     mass,  # (B, N)
     visual_index,  # (B, N)
@@ -116,7 +116,7 @@ def select_kernel(
     tl.store(kept_lens + b, count)
 
 
-@triton.jit(do_not_specialize=["out_len"])
+@triton.jit(do_not_specialize=ANY_ALIGNMENT)
 def gather_kernel(
     kept_index,  # (B, out_len)
     planes,  # of each plane: source (B, S, width), target (B, out_len, width), strides of the source, width

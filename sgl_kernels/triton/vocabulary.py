@@ -3,7 +3,9 @@
 A program of the first launch owns one row and BLOCK_TOKENS tokens, which it reads once into registers; it
 leaves their largest logit, the sum of exponentials and the first id that has the largest. A program of the
 second launch combines the blocks of one row, 12 bytes each, and reads one logit more when the token is given.
-Blocks start at multiples of BLOCK_TOKENS, so how a row is split follows from the vocabulary only.
+Blocks start at multiples of BLOCK_TOKENS, so how a row is split follows from the vocabulary only. So does how
+a block lies in registers: where the vocabulary is a multiple of 16, rows are read 16 bytes at a time, and are
+copied first if they are not aligned; else neighbouring threads read neighbouring logits, aligned or not.
 """
 
 from __future__ import annotations
@@ -14,12 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 from sgl_kernels.triton import launching
-from sgl_kernels.triton.launching import FLOATS, ceil_div, power_of_two, require, rows_contiguous
+from sgl_kernels.triton.launching import (
+    ANY_ALIGNMENT,
+    FLOATS,
+    ceil_div,
+    power_of_two,
+    require,
+    rows_contiguous,
+)
 
 NO_TOKEN = tl.constexpr(2**31 - 1)
 
 
-@triton.jit(do_not_specialize=["vocabulary", "blocks"])
+@triton.jit(do_not_specialize=ANY_ALIGNMENT)
 def block_kernel(
     logits,  # (rows, V)
     maxima,  # (rows, blocks)
@@ -28,14 +37,21 @@ def block_kernel(
     row_stride,
     vocabulary,
     blocks,
+    unknown,  # 0, which the compiler is not told
     BLOCK_TOKENS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     FIND_BEST: tl.constexpr,
 ):
     block = tl.program_id(0) % blocks
     row = (tl.program_id(0) // blocks).to(tl.int64)
     token = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    start = row * row_stride
+    if ALIGNED:
+        vocabulary = vocabulary // 16 * 16
+    else:
+        start += unknown
     is_token = token < vocabulary
-    logit = tl.load(logits + row * row_stride + token, mask=is_token, other=float("-inf")).to(tl.float32)
+    logit = tl.load(logits + start + token, mask=is_token, other=float("-inf")).to(tl.float32)
     is_number = logit == logit
     largest = tl.max(tl.where(is_number, logit, float("-inf")), 0)
     shift = tl.where(largest == float("-inf"), 0.0, largest)  # -inf less -inf would be NaN
@@ -46,7 +62,7 @@ def block_kernel(
         tl.store(best + place, tl.min(tl.where(is_token & (logit == largest), token, NO_TOKEN), 0))
 
 
-@triton.jit(do_not_specialize=["vocabulary", "blocks"])
+@triton.jit(do_not_specialize=ANY_ALIGNMENT)
 def finish_kernel(
     logits,  # (rows, V)
     targets,  # (rows,)
@@ -106,6 +122,10 @@ def _run(op: str, logits: Tensor, targets: Tensor | None, token: Tensor | None, 
     require(fits, op, "logprob (rows,) float32, contiguous")
     if rows == 0:
         return
+    aligned = vocabulary % 16 == 0
+    if aligned and (logits.data_ptr() % 16 or (rows > 1 and logits.stride(0) % 16)):
+        logits = logits.clone(memory_format=torch.contiguous_format)
+    row_stride = logits.stride(0) if rows > 1 else vocabulary
     device = logits.device
     sizes = launching.config("vocabulary", f"{logits.dtype.itemsize * 8} bit", device)
     blocks = ceil_div(vocabulary, sizes["BLOCK_TOKENS"])
@@ -115,8 +135,9 @@ def _run(op: str, logits: Tensor, targets: Tensor | None, token: Tensor | None, 
         block_kernel,
         (rows * blocks,),
         device,
-        *(logits, maxima, sums, best, logits.stride(0), vocabulary, blocks),
+        *(logits, maxima, sums, best, row_stride, vocabulary, blocks, 0),
         BLOCK_TOKENS=sizes["BLOCK_TOKENS"],
+        ALIGNED=aligned,
         FIND_BEST=targets is None,
         num_warps=sizes["block_warps"],
     )
@@ -126,7 +147,7 @@ def _run(op: str, logits: Tensor, targets: Tensor | None, token: Tensor | None, 
         device,
         *(logits, logprob if targets is None else targets, maxima, sums, best),
         *(logprob if token is None else token, logprob),
-        *(logits.stride(0), 0 if targets is None else targets.stride(0), vocabulary, blocks),
+        *(row_stride, 0 if targets is None else targets.stride(0), vocabulary, blocks),
         BLOCKS=power_of_two(blocks),
         FIND_BEST=targets is None,
         num_warps=1,
