@@ -13,9 +13,14 @@ from pathlib import Path
 import pytest
 
 KERNEL_TESTS = Path(__file__).parents[1] / "kernels"
-# What is deselected, and why.
-DESELECTED = {
-    "test_prefill_mass.py": "test_memory_has_no_square_matrix",  # measures the process: NumPy's memory
+# File of tests, and which of them where not all: what is left out, and why.
+SUITES = {
+    "test_decode_attention.py": "",
+    "test_prefill_mass.py": "not test_memory_has_no_square_matrix",  # it would measure NumPy's memory
+    "test_selection.py": "",
+    "test_vocabulary.py": "",
+    # Errors of arguments are raised before any backend is reached; inductor compiles nothing of an op.
+    "test_op_contract.py": "opcheck or (one_graph and not inductor) or direct_calls or lie_apart or stride",
 }
 
 pytestmark = pytest.mark.skipif(
@@ -24,10 +29,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["test_decode_attention.py", "test_prefill_mass.py", "test_selection.py", "test_vocabulary.py"],
-)
+@pytest.mark.parametrize("name", SUITES)
 def test_ops_pass_their_tests_interpreted(name):
     environment = {
         **os.environ,
@@ -37,11 +39,10 @@ def test_ops_pass_their_tests_interpreted(name):
         "SGL_TEST_DEVICE": "cpu",
         "CI": "1",  # so that a test which finds no kernel fails
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", name]
-    if name in DESELECTED:
-        command += ["-k", f"not {DESELECTED[name]}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
+    command += ["-k", SUITES[name], name]
     result = subprocess.run(
-        command, cwd=KERNEL_TESTS, env=environment, capture_output=True, text=True, timeout=600
+        command, cwd=KERNEL_TESTS, env=environment, capture_output=True, text=True, timeout=1500
     )
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     summary = result.stdout.splitlines()[-1]
