@@ -3,10 +3,10 @@
     python -m benchmarks.tune_triton [--ops decode_attention,vocabulary] [--table FILE]
 
 One field after the other, every choice of it is timed on several shapes of a class, and the fastest is kept
-if it is at least 2 % faster over all shapes. The result stands in the table under the name of the device, such
-as "sm_90"; other devices keep theirs. Block sizes decide the order of sums: after tuning, results may differ in
-the last bits from those before, but not between batch sizes, since classes follow from the shape of one
-request. Attention in fp32 is not tuned. Without a GPU the exit status is 2.
+if it is at least 2 % faster over all shapes. The result stands in the table under the name of the device,
+such as "sm_90"; other devices keep theirs. Block sizes decide the order of sums: after tuning, results may
+differ in the last bits from those before, but not between batch sizes, since classes follow from the shape
+of one request. Attention in fp32 is not tuned. Without a GPU the exit status is 2.
 """
 
 from __future__ import annotations
