@@ -29,12 +29,12 @@ cuda-check: $(VENV)/.dev
 # Trains and measures the tiny pair anew: hours on two cores, and it goes on where it was stopped.
 TRAIN := $(BIN)/python -m sgl_runtime.tiny.train
 tiny: $(VENV)/.installed
-	$(TRAIN) small vision --steps 5000 --lr 2.5e-3
-	$(TRAIN) small language --steps 9000 --batch 8 --lr 2e-3 --compile --visual-tokens 40
-	$(TRAIN) small language --steps 9700 --batch 8 --lr 5e-3 --compile
-	$(TRAIN) large vision --steps 2500 --lr 1.5e-3
-	$(TRAIN) large language --steps 5000 --batch 8 --lr 1.5e-3 --compile --visual-tokens 40
-	$(TRAIN) large language --steps 5450 --batch 8 --lr 1e-2 --compile
+	$(TRAIN) small vision --steps 9000 --lr 2e-3
+	$(TRAIN) small language --steps 8900 --batch 8 --lr 1.5e-3 --compile --visual-tokens 40
+	$(TRAIN) small language --steps 9200 --batch 8 --lr 3e-3 --compile
+	$(TRAIN) large vision --steps 5000 --lr 1.2e-3
+	$(TRAIN) large language --steps 17500 --batch 8 --lr 1.2e-3 --compile --visual-tokens 40
+	$(TRAIN) large language --steps 17900 --batch 8 --lr 2.5e-3 --compile
 	$(BIN)/python -m sgl_runtime.tiny.evaluate --small runs/tiny/small --large runs/tiny/large
 
 clean:

@@ -219,7 +219,7 @@ def _save_picture(pipe: Any, path: Path, image: Any, prompt: str, result: Any) -
     num_keep = num_kept(len(result.mass), pipe.config.keep_ratio)
     if result.exited:
         kept = result.mass.topk(num_keep).indices
-        note = "small VLM was sure: large VLM not asked"
+        note = "small VLM was sure: large VLM not asked, or it would see this"
     else:
         kept = result.kept_visual
         note = f"large VLM sees {num_keep} of {len(result.mass)} tokens"
