@@ -227,7 +227,7 @@ def fit(task: nn.Module, path: Path, *, steps: int, lr: float, scenes: Callable[
     running: dict[str, float] = {}
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=path.stem, mininterval=10)
     for step in bar:
-        rate = lr * min(1.0, (step - first + 1) / 200, 4 * (steps - step) / steps)
+        rate = lr * min(1.0, (step + 1) / 200, 4 * (steps - step) / steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
         with torch.autocast(device, torch.bfloat16):
