@@ -4,7 +4,7 @@
 
 The ops are called on tensors without memory and each launch is compiled in place of being run, so what is
 compiled is what a call would launch: the same arguments, the same configuration, the same specialisation. The
-exit status is 1 where a kernel wants more shared memory than its chip has or, on sm_90, spills registers.
+exit status is 1 where a kernel wants more threads or shared memory than its chip has or, on sm_90, spills.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 
 # Target: bytes of shared memory that a program can have there.
 SHARED_LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+MAX_THREADS = 1024  # of a program
 BF16, FP16, FP32, I32, I64 = torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64
 
 
@@ -212,20 +213,16 @@ def amd_registers(asm: Any) -> tuple[int, int]:
 
 
 def table(usage: list[Usage]) -> str:
-    """Registers and KiB of shared memory by kernel and target; spills in bold."""
+    """Warps, registers and KiB of shared memory by kernel and target; spills in bold."""
     targets = list(dict.fromkeys(u.target for u in usage))
-    cells: dict[tuple[str, str, int], dict[str, str]] = {}
+    cells: dict[tuple[str, str], dict[str, str]] = {}
     for u in usage:
         spill = f" **spills {u.spilled}**" if u.spilled else ""
-        row = cells.setdefault((u.case, u.kernel, u.warps), {})
-        row[u.target] = f"{u.registers}, {u.shared / 1024:.1f} KiB{spill}"
-    lines = [
-        f"| call | kernel | warps | {' | '.join(targets)} |",
-        "| --- | --- | ---: " + "| ---: " * len(targets) + "|",
-    ]
-    for (case, kernel, warps), row in cells.items():
-        found = " | ".join(row.get(target, "") for target in targets)
-        lines.append(f"| {case} | `{kernel}` | {warps} | {found} |")
+        row = cells.setdefault((u.case, u.kernel), {})
+        row[u.target] = f"{u.warps} w, {u.registers} r, {u.shared / 1024:.1f} K{spill}"
+    lines = [f"| call | kernel | {' | '.join(targets)} |", "| --- | --- " + "| ---: " * len(targets) + "|"]
+    for (case, kernel), row in cells.items():
+        lines.append(f"| {case} | `{kernel}` | {' | '.join(row.get(target, '') for target in targets)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -234,10 +231,10 @@ def document(usage: list[Usage]) -> str:
 
     return f"""# Triton kernels: resources
 
-Registers of a thread and shared memory of a program for what each call launches, compiled ahead of time by
-Triton {triton.__version__} with the configurations of `sgl_kernels/triton/configs.json`. On NVIDIA spills are
-bytes stored, on AMD registers. Written by `python -m benchmarks.triton_aot --table docs/triton_resources.md`,
-which needs no GPU.
+Warps (w), registers of a thread (r) and KiB of shared memory of a program (K) for what each call launches,
+compiled ahead of time by Triton {triton.__version__} with the configurations of
+`sgl_kernels/triton/configs.json`. On NVIDIA spills are bytes stored, on AMD registers. Written by
+`python -m benchmarks.triton_aot --table docs/triton_resources.md`, which needs no GPU.
 
 {table(usage)}"""
 
@@ -245,6 +242,9 @@ which needs no GPU.
 def complaints(usage: list[Usage]) -> list[str]:
     found = []
     for u in usage:
+        threads = u.warps * (64 if u.target.startswith("gfx") else 32)
+        if threads > MAX_THREADS:
+            found.append(f"{threads} threads, {u.target} has at most {MAX_THREADS}: {u}")
         if u.shared > SHARED_LIMITS[u.target]:
             found.append(f"{u.shared} bytes of shared memory, {u.target} has {SHARED_LIMITS[u.target]}: {u}")
         if u.target == "sm_90" and u.spilled:

@@ -54,6 +54,8 @@ def test_complaints():
     assert complaints([fits, spills_elsewhere]) == []
     too_much = Usage("call", "kernel", "sm_80", 4, (163 << 10) + 1, 255, 0)
     spills = Usage("call", "kernel", "sm_90", 4, 0, 255, 8)
-    found = complaints([too_much, spills])
+    too_wide = Usage("call", "kernel", "gfx942", 32, 0, 64, 0)
+    found = complaints([too_much, spills, too_wide])
     assert "166913 bytes of shared memory, sm_80 has 166912" in found[0]
     assert "spills 8 bytes on sm_90" in found[1]
+    assert "2048 threads, gfx942 has at most 1024" in found[2]
