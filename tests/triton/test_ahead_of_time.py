@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "options"),
     [("sm_90", []), ("sm_80", ["--common"]), ("sm_100", ["--common"]), ("gfx942", ["--common"])],

@@ -1,4 +1,4 @@
-"""The op test-suite of tests/kernels, run by Triton's interpreter on the CPU.
+"""The op tests of tests/kernels, and the golden masses and answers, run by Triton's interpreter on the CPU.
 
 Each file needs a process of its own: Triton decides at import whether it interprets.
 """
@@ -12,25 +12,29 @@ from pathlib import Path
 
 import pytest
 
-KERNEL_TESTS = Path(__file__).parents[1] / "kernels"
+TESTS = Path(__file__).parents[1]
 # File of tests, and which of them where not all: what is left out, and why.
 SUITES = {
-    "test_decode_attention.py": "",
-    "test_prefill_mass.py": "not test_memory_has_no_square_matrix",  # it would measure NumPy's memory
-    "test_selection.py": "",
-    "test_vocabulary.py": "",
+    "kernels/test_decode_attention.py": "",
+    "kernels/test_prefill_mass.py": "not test_memory_has_no_square_matrix",  # it would measure NumPy's memory
+    "kernels/test_selection.py": "",
+    "kernels/test_vocabulary.py": "",
     # Errors of arguments are raised before any backend is reached; inductor compiles nothing of an op.
-    "test_op_contract.py": "opcheck or (one_graph and not inductor) or direct_calls or lie_apart or stride",
+    "kernels/test_op_contract.py": "opcheck or (one_graph and not inductor) or direct_calls or stride",
+    "runtime/test_golden.py": "",
 }
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="TRITON KERNELS ARE NOT TESTED: triton is not installed (pip install -e '.[dev]')",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None,
+        reason="TRITON KERNELS ARE NOT TESTED: triton is not installed (pip install -e '.[dev]')",
+    ),
+]
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_ops_pass_their_tests_interpreted(name):
+def test_passes_interpreted(name):
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
@@ -41,9 +45,7 @@ def test_ops_pass_their_tests_interpreted(name):
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
     command += ["-k", SUITES[name], name]
-    result = subprocess.run(
-        command, cwd=KERNEL_TESTS, env=environment, capture_output=True, text=True, timeout=1500
-    )
+    result = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=1500)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     summary = result.stdout.splitlines()[-1]
     assert re.search(r"\b\d+ passed", summary), summary
