@@ -71,7 +71,8 @@ def prefill_mass(
     counted = (query_index >= 0) & (query_index < length)  # (B, R)
     row = query_index.long().where(counted, 0)
     take = row[:, None, :, None].expand(-1, heads, -1, dim)
-    rows = q.gather(2, take).to(compute).reshape(batch, kv_heads, -1, dim)  # (B, Hkv, Hq/Hkv * R, D)
+    rows = q.gather(2, take).to(compute)  # (B, Hq, R, D)
+    rows = rows.reshape(batch, kv_heads, heads // kv_heads * row.shape[1], dim)
     logits = (rows @ k.to(compute).transpose(-1, -2) * scale).reshape(batch, heads, -1, length)
     sees = torch.arange(length, device=q.device) <= row[:, :, None]  # (B, R, S)
     logits = logits.masked_fill(~sees[:, None], -torch.inf)  # (B, Hq, R, S)
@@ -148,8 +149,7 @@ def greedy_token(logits: Tensor) -> tuple[Tensor, Tensor]:
     is_best = (ranked == best) & ~logits.isnan()
     token = is_best.int().argmax(-1)
     compute = logits.to(_compute_dtype(logits))
-    logprob = compute.gather(-1, token[..., None]).squeeze(-1) - compute.logsumexp(-1)
-    return token, logprob
+    return token, _logprob(compute, compute.gather(-1, token[..., None]).squeeze(-1))
 
 
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -157,8 +157,14 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     compute = logits.to(_compute_dtype(logits))
     inside = (targets >= 0) & (targets < logits.shape[-1])
     picked = compute.gather(-1, targets.long().where(inside, 0)[..., None]).squeeze(-1)
-    logprob = picked - compute.logsumexp(-1)
+    logprob = _logprob(compute, picked)
     return logprob.where(inside, torch.nan).masked_fill(targets == -1, 0.0)
+
+
+def _logprob(logits: Tensor, picked: Tensor) -> Tensor:
+    """Log of the softmax of `picked` logits; beside the largest logit a small log of the sum would be lost."""
+    largest = logits.max(-1).values
+    return picked - largest - (logits - largest[..., None]).exp().sum(-1).log()
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -40,7 +40,7 @@ struct BlockTerms {  // one float4 of scratch
 };
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kVocabThreads) vocabulary_block(const VocabArgs a) {
+__global__ void __launch_bounds__(kVocabThreads, 1) vocabulary_block(const VocabArgs a) {
   allow_next_launch();
   const int row = blockIdx.y, first = blockIdx.x * kVocabBlock, thread = threadIdx.x;
   const T* logits = static_cast<const T*>(a.logits) + row * a.row_stride;
@@ -99,13 +99,13 @@ __global__ void __launch_bounds__(kVocabThreads) vocabulary_block(const VocabArg
 }
 
 template <class T>
-__device__ __forceinline__ float target_logprob(const VocabArgs& a, int row, float log_sum) {
+__device__ __forceinline__ float target_logprob(const VocabArgs& a, int row, float largest, float log_sum) {
   const int64_t place = row * a.targets_stride;
   const int64_t target = a.targets_are_64 ? static_cast<const int64_t*>(a.targets)[place]
                                           : static_cast<const int32_t*>(a.targets)[place];
   if (target == -1) return 0.0f;
   if (target < 0 || target >= a.vocab) return __uint_as_float(0x7fc00000u);
-  return to_float(static_cast<const T*>(a.logits)[row * a.row_stride + target]) - log_sum;
+  return to_float(static_cast<const T*>(a.logits)[row * a.row_stride + target]) - largest - log_sum;
 }
 
 template <class T>
@@ -125,13 +125,13 @@ __global__ void __launch_bounds__(32) vocabulary_finish(const VocabArgs a) {
   const float most = lane_max<1, 2, 4, 8, 16>(largest);
   sum = lane_sum<1, 2, 4, 8, 16>(sum * rescale(largest, most, kLog2e));
   best = best_of_warp(best);
-  const float log_sum = most + logf(sum);
+  const float log_sum = logf(sum);  // kept apart from `most`, beside which a small one would be lost
   if (lane != 0) return;
   if (a.token) {
     a.token[row] = best.id;
-    a.logprob[row] = best.logit - log_sum;
+    a.logprob[row] = best.logit - most - log_sum;
   } else {
-    a.logprob[row] = target_logprob<T>(a, row, log_sum);
+    a.logprob[row] = target_logprob<T>(a, row, most, log_sum);
   }
 }
 

@@ -136,3 +136,13 @@ def test_no_rows():
     token, logprob = greedy_token(empty(0, 10))
     assert token.shape == logprob.shape == (0,)
     assert token_logprobs(empty(0, 10), empty(0, dtype=torch.int64)).shape == (0,)
+
+
+def test_a_nearly_sure_token_keeps_its_small_logprob(isa):
+    """The log-sum-exp in one piece would round it to 0; a sum of 1 and little errs by an ulp of 1."""
+    logits = tensor([[176.0, 164.0, 150.0]])
+    truth = logits.double().log_softmax(-1)[:, 0]
+    _, greedy = greedy_token(logits)
+    given = token_logprobs(logits, tensor([0]))
+    torch.testing.assert_close(greedy.double(), truth, rtol=0, atol=1.2e-7)
+    torch.testing.assert_close(given.double(), truth, rtol=0, atol=1.2e-7)
