@@ -73,7 +73,8 @@ def prefill_mass(
     take = row[:, None, :, None].expand(-1, heads, -1, dim)
     rows = q.gather(2, take).to(compute)  # (B, Hq, R, D)
     rows = rows.reshape(batch, kv_heads, heads // kv_heads * row.shape[1], dim)
-    logits = (rows @ k.to(compute).transpose(-1, -2) * scale).reshape(batch, heads, -1, length)
+    logits = rows @ k.to(compute).transpose(-1, -2) * scale
+    logits = logits.reshape(batch, heads, row.shape[1], length)
     sees = torch.arange(length, device=q.device) <= row[:, :, None]  # (B, R, S)
     logits = logits.masked_fill(~sees[:, None], -torch.inf)  # (B, Hq, R, S)
     if softmax_lse is None:
@@ -162,7 +163,7 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _logprob(logits: Tensor, picked: Tensor) -> Tensor:
-    """Log of the softmax of `picked` logits; beside the largest logit a small log of the sum would be lost."""
+    """Log of the softmax at `picked`; added to the largest logit first, a small log of the sum would be lost."""
     largest = logits.max(-1).values
     return picked - largest - (logits - largest[..., None]).exp().sum(-1).log()
 
