@@ -163,7 +163,7 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _logprob(logits: Tensor, picked: Tensor) -> Tensor:
-    """Log of the softmax at `picked`; added to the largest logit first, a small log of the sum would be lost."""
+    """Log of the softmax at `picked`; subtracting the log-sum-exp in one piece would lose a small result."""
     largest = logits.max(-1).values
     return picked - largest - (logits - largest[..., None]).exp().sum(-1).log()
 
