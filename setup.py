@@ -124,7 +124,8 @@ def cuda_extension():  # type: ignore[no-untyped-def]
         include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
         define_macros=list(defines.items()),
         library_dirs=[nvcc.library_folder()],
-        libraries=["cudart_static", "rt", "pthread", "dl"],
+        # Named: a linker that drops unused libraries would drop the one through which it would be found.
+        libraries=["cudart_static", "rt", "pthread", "dl", *(["torch_cuda"] if torch.version.cuda else [])],
         extra_compile_args={"cxx": [*CXX_FLAGS, "-fvisibility=hidden"]},
         optional=not flag("SGL_KERNELS_FORCE_CUDA"),
     )
@@ -192,7 +193,13 @@ def extensions():  # type: ignore[no-untyped-def]
         announce(f"torch is not importable where the package is built: {error}")
         return [], {}
     os.environ.setdefault("MAX_JOBS", str(default_jobs()))
-    modules = [m for m in (cpu_extension(), cuda_extension()) if m is not None]
+    modules = [cpu_extension()]
+    try:
+        modules += [module for module in [cuda_extension()] if module is not None]
+    except Exception as error:
+        if flag("SGL_KERNELS_FORCE_CUDA"):
+            raise
+        announce(f"the CUDA kernels cannot be built: {type(error).__name__}: {error}")
     return modules, {"build_ext": build_command()}
 
 

@@ -33,7 +33,7 @@ struct OnDevice {  // makes the device of a tensor current
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
   explicit OnDevice(const Tensor& t) : guard(t.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   }
 };
 #endif

@@ -168,7 +168,8 @@ def prefill_mass(
     Notes
     -----
     The design, sections 1 (mass), 2.1 (rows), 2.2 (fp32, fixed order) and 5; the paper's section 3.2. Extra
-    memory is O(B Hq (R + N)): no row of the attention matrix is ever stored whole.
+    memory is O(B Hq (R + N)), and on a GPU without an LSE O(B Hq R S / 256) more: no row of the attention
+    matrix is ever stored whole.
     """
     op = "prefill_mass"
     if q.dim() != 4:

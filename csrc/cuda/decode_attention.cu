@@ -42,7 +42,7 @@ int run(const DecodeArgs& a, void* stream) {
   if (const int error = split(a, stream); error != cudaSuccess) return error;
   const int mass_blocks = a.logits ? static_cast<int>(ceil_div<int64_t>(a.visual.count, kMassSlots)) : 0;
   const dim3 grid{static_cast<unsigned>(a.heads + mass_blocks), static_cast<unsigned>(a.batch), 1};
-  const Launch combine{grid, kCombineThreads, static_cast<size_t>(combine_shared(a)), true};
+  const Launch combine{grid, kCombineThreads, static_cast<size_t>(combine_shared(a)), a.max_splits > 0};
   return launch(combine, stream, decode_combine<T>, a);
 }
 

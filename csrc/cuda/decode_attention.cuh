@@ -101,12 +101,16 @@ struct ValueTile {
   }
 };
 
+// Where dimension d of a row lies in shared memory: what the lanes of a warp write at once, dimensions 8 apart of columns
+// 2 apart, goes to 32 different banks.
+__device__ __forceinline__ int bank_order(int d) { return (d & ~63) + d % 8 * 8 + d / 8 % 8; }
+
 // Merges what the warps of a block hold of 8 * kTiles heads, in the order of the warps, and writes it as one split.
 // Output::each(f) calls f(dimension, head of the tile, value) for what a lane holds.
 template <int kTiles, int kDim, class Output>
-__device__ void write_split(const DecodeArgs& a, const Split& s, const Output (&out)[kTiles],
+__device__ __forceinline__ void write_split(const DecodeArgs& a, const Split& s, const Output (&out)[kTiles],
                             const SoftmaxPair (&softmax)[kTiles]) {
-  constexpr int kHeads = 8 * kTiles, kStride = kDim + 4;  // the padding keeps rows in different banks
+  constexpr int kHeads = 8 * kTiles, kStride = kDim + 4;
   auto* largest = reinterpret_cast<float*>(shared_memory());  // (warps, heads), as the two below
   float* sum = largest + kDecodeWarps * kHeads;
   float* factor = sum + kDecodeWarps * kHeads;
@@ -142,7 +146,7 @@ __device__ void write_split(const DecodeArgs& a, const Split& s, const Output (&
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
         out[t].each([&](int dimension, int column, float value) {
-          float& place = merged[(8 * t + column) * kStride + dimension];
+          float& place = merged[(8 * t + column) * kStride + bank_order(dimension)];
           const float moved = value * factor[w * kHeads + 8 * t + column];
           place = w == 0 ? moved : place + moved;
         });
@@ -151,7 +155,7 @@ __device__ void write_split(const DecodeArgs& a, const Split& s, const Output (&
   }
   for (int head = warp; head < s.heads; head += kDecodeWarps) {
     float* partial = a.partial + split_row(a, s, head) * a.dim;
-    for (int d = lane; d < a.dim; d += 32) partial[d] = merged[head * kStride + d];
+    for (int d = lane; d < a.dim; d += 32) partial[d] = merged[head * kStride + bank_order(d)];
   }
 }
 
@@ -190,7 +194,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps) decode_split(const DecodeAr
     KeyTile<T, kDim> key_tile;
     ValueTile<T, kDim> value_tile;
     key_tile.template load<true>(low, low + 8 * a.k_slot, has_low, has_high, a.dim);
-    value_tile.load(values, a.v_slot, key, s.end, a.dim, 0);  // in flight together with the keys
+    value_tile.load(values, a.v_slot, key, s.end, a.dim, 0);
     uint32_t low_pair[kTiles], high_pair[kTiles];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -45,7 +46,13 @@ def parse_archs(text: str) -> list[str]:
 def archs() -> list[str]:
     """What to compile for: SGL_KERNELS_CUDA_ARCHS, TORCH_CUDA_ARCH_LIST or every supported one."""
     named = os.environ.get("SGL_KERNELS_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST")
-    return parse_archs(named or DEFAULT_ARCHS)
+    return parse_archs(named) if named else supported(parse_archs(DEFAULT_ARCHS))
+
+
+def supported(wanted: list[str]) -> list[str]:
+    """Those of ``wanted`` that this nvcc knows: an older one does not know the newest GPUs."""
+    known = subprocess.run([str(path()), "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    return [arch for arch in wanted if f"compute_{arch.partition('+')[0]}" in known] or wanted
 
 
 def gencode(wanted: list[str]) -> list[str]:
@@ -86,11 +93,12 @@ def library_folder() -> str:
     told = subprocess.run(
         [str(path()), "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
     ).stderr
-    top = re.search(r"^#\$ TOP=(.*)$", told, re.M)
-    found = sorted(Path(top[1]).resolve().glob("**/libcudart_static.a")) if top else []
-    if not found:
-        raise RuntimeError(f"no libcudart_static.a beside {path()}; nvcc -dryrun said {told[:200]!r}")
-    return str(found[0].parent)
+    line = re.search(r"^#\$ LIBRARIES=(.*)$", told, re.M)
+    folders = re.findall(r'-L([^\s"]+)', line[1]) if line else []
+    for folder in [*folders, f"/usr/lib/{platform.machine()}-linux-gnu"]:
+        if (Path(folder) / "libcudart_static.a").exists():
+            return str(Path(folder).resolve())
+    raise RuntimeError(f"no libcudart_static.a where {path()} looks for libraries: {folders}")
 
 
 def defines(wanted: list[str]) -> dict[str, str | None]:
@@ -175,6 +183,7 @@ def link(objects: list[str], wanted: list[str], out: Path) -> None:
     command += [str(FOLDER.parent / "bind_cuda.cpp"), *objects]
     command += [f"-L{path}" for path in (library_folder(), *library_paths())]
     command += ["-lcudart_static", "-lrt", "-lpthread", "-ldl", "-lc10", "-ltorch", "-ltorch_cpu"]
+    command += ["-ltorch_cuda"] if torch.version.cuda else []
     subprocess.run([*command, "-o", str(out)], check=True)
 
 

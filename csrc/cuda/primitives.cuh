@@ -31,6 +31,7 @@ __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff8
 // Both are read-only for the whole kernel. Keys and values are read once: they need not displace others in L1.
 __device__ __forceinline__ uint4 load_streaming(const void* p);
 __device__ __forceinline__ uint4 load_cached(const void* p);
+__device__ __forceinline__ int32_t load_cached(const int32_t* p);
 // c (16 x 8) += a (16 x 16, rows r and r + 8) b (16 x 8). Lane holds of c: rows r, r, r + 8, r + 8; columns 2c, 2c + 1.
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1);
@@ -72,24 +73,25 @@ __device__ __forceinline__ uint4 load_streaming(const void* p) {
   return v;
 }
 __device__ __forceinline__ uint4 load_cached(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
+__device__ __forceinline__ int32_t load_cached(const int32_t* p) { return __ldg(p); }
 
 template <>
 __device__ __forceinline__ void mma<bf16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                           uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 template <>
 __device__ __forceinline__ void mma<f16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                          uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 __device__ __forceinline__ uint32_t transpose8x8(uint32_t pair) {
   uint32_t out;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
   return out;
 }
 template <>
@@ -141,7 +143,7 @@ template <class T, bool kAligned, bool kStreaming>
 __device__ __forceinline__ uint4 load_piece(const T* row, int begin, int dim, bool present) {
   uint4 piece = make_uint4(0, 0, 0, 0);
   if constexpr (kAligned) {
-    if (present && begin < dim) piece = kStreaming ? load_streaming(row + begin) : load_cached(row + begin);
+    if (present && begin < dim) piece = kStreaming ? load_streaming(row + begin) : load_cached(static_cast<const void*>(row + begin));
   } else if (present) {
     T* elements = reinterpret_cast<T*>(&piece);
 #pragma unroll
@@ -197,10 +199,15 @@ struct Launch {
   bool after_previous = false;
 };
 
+// Whether the code that will run has the waits: PTX of an older architecture, compiled by the driver, has none.
 inline bool launches_early() {
+  constexpr int kCompiledFor[] = {__CUDA_ARCH_LIST__};
   int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
+  bool compiled = false;
+  for (const int arch : kCompiledFor) compiled |= arch / 100 == major;
+  return compiled && major >= 9;
 }
 
 template <class... Parameters, class... Arguments>

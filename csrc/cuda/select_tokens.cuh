@@ -14,9 +14,9 @@ constexpr int kWindow = 1 << 16, kWords = kWindow / 32;  // positions a pass of 
 
 // Masses as unsigned numbers in the order of the rule: larger is better, NaN below all numbers, 0 is no token at all.
 __device__ __forceinline__ uint32_t rank_of(float mass) {
-  if (mass != mass) return 1;
   const uint32_t bits = __float_as_uint(mass == 0.0f ? 0.0f : mass);  // -0.0 equals 0.0
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  const uint32_t ordered = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+  return mass != mass ? 1 : ordered;
 }
 
 struct SelectShared {
@@ -82,7 +82,7 @@ struct Slots {
   __device__ __forceinline__ void each(F f) const {
     const int32_t* at = opaque(index);
 #pragma unroll
-    for (int i = 0; i < kItems; ++i, at += step) f(i, [&] { return *at; });
+    for (int i = 0; i < kItems; ++i, at += step) f(i, [&] { return load_cached(at); });
   }
   __device__ __forceinline__ bool exists(int i) const { return i * kThreads + static_cast<int>(threadIdx.x) < count; }
 };
@@ -152,13 +152,15 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const SelectArgs a)
   Slots<kItems, kThreads> slots{{}, a.visual.data + request * a.visual.batch_stride + threadIdx.x * a.visual.stride,
                                 kThreads * a.visual.stride, static_cast<int>(a.visual.count)};
   int own = 0;
-  slots.each([&](int i, auto position_of) {
-    slots.rank[i] = 0;
-    if (slots.exists(i))
-      if (const int position = position_of(); position >= 0 && position < length)
-        slots.rank[i] = rank_of(mass[i * kThreads + threadIdx.x]);
+  // Positions first, then masses whatever the position: no load waits for another.
+  slots.each([&](int i, auto position_of) { slots.rank[i] = slots.exists(i) ? position_of() : -1; });
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const float value = slots.exists(i) ? mass[i * kThreads + threadIdx.x] : 0.0f;
+    const int position = static_cast<int>(slots.rank[i]);
+    slots.rank[i] = position >= 0 && position < length ? rank_of(value) : 0;
     own += slots.rank[i] != 0;
-  });
+  }
   const int visual = block_sum(shared, own);
   const int64_t wanted = a.keep(request);
   const int keep = wanted < 0 ? 0 : wanted > visual ? visual : static_cast<int>(wanted);

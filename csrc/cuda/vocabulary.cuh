@@ -64,36 +64,34 @@ __global__ void __launch_bounds__(kVocabThreads, 1) vocabulary_block(const Vocab
   }
   auto* block_largest = reinterpret_cast<float*>(shared_memory());  // (warps), as the two below
   float* block_sum = block_largest + kVocabWarps;
-  auto* block_best = reinterpret_cast<Best*>(block_sum + kVocabWarps);
+  auto* block_id = reinterpret_cast<int*>(block_sum + kVocabWarps);
   const int warp = thread / 32, lane = thread % 32;
 
   float largest = minus_infinity();
-  Best best{0.0f, INT_MAX};
 #pragma unroll
   for (int i = 0; i < kVocabItems; ++i)
-    if (id[i] < a.vocab) {
-      largest = fmaxf(largest, value[i]);
-      const Best candidate{value[i], id[i]};
-      if (beats(candidate, best)) best = candidate;
-    }
+    if (id[i] < a.vocab) largest = fmaxf(largest, value[i]);
   largest = lane_max<1, 2, 4, 8, 16>(largest);
-  if (a.token) best = best_of_warp(best);
-  if (lane == 0) block_largest[warp] = largest, block_best[warp] = best;
+  if (lane == 0) block_largest[warp] = largest;
   __syncthreads();
 #pragma unroll
   for (int w = 0; w < kVocabWarps; ++w) largest = fmaxf(largest, block_largest[w]);
   float sum = 0.0f;
+  int lowest = INT_MAX;  // id of the largest logit; none where all are NaN
 #pragma unroll
   for (int i = 0; i < kVocabItems; ++i)
-    if (id[i] < a.vocab) sum += weight(value[i], largest, kLog2e);
+    if (id[i] < a.vocab) {
+      sum += weight(value[i], largest, kLog2e);
+      lowest = min(lowest, value[i] == largest ? id[i] : INT_MAX);
+    }
   sum = lane_sum<1, 2, 4, 8, 16>(sum);
-  if (lane == 0) block_sum[warp] = sum;
+#pragma unroll
+  for (int bits = 16; bits > 0; bits /= 2) lowest = min(lowest, __shfl_xor_sync(kWholeWarp, lowest, bits));
+  if (lane == 0) block_sum[warp] = sum, block_id[warp] = lowest;
   __syncthreads();
   if (thread == 0) {
-    for (int w = 1; w < kVocabWarps; ++w) {
-      sum += block_sum[w];
-      if (beats(block_best[w], best)) best = block_best[w];
-    }
+    for (int w = 1; w < kVocabWarps; ++w) sum += block_sum[w], lowest = min(lowest, block_id[w]);
+    const Best best = lowest == INT_MAX ? Best{__uint_as_float(0x7fc00000u), first} : Best{largest, lowest};
     reinterpret_cast<BlockTerms*>(a.block_terms)[static_cast<int64_t>(row) * a.blocks + blockIdx.x] = {largest, sum, best};
   }
 }

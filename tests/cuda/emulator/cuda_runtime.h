@@ -25,6 +25,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define SGL_EMULATED 1
+#define __CUDA_ARCH_LIST__ 900
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;

@@ -10,6 +10,7 @@ inline uint4 load_streaming(const void* p) {
   return v;
 }
 inline uint4 load_cached(const void* p) { return load_streaming(p); }
+inline int32_t load_cached(const int32_t* p) { return *p; }
 
 inline float to_float(f16 x) {
   _Float16 half;
