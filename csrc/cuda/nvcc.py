@@ -178,7 +178,8 @@ def link(objects: list[str], wanted: list[str], out: Path) -> None:
     compiler = shutil.which(os.environ.get("CXX", "c++")) or "c++"
     command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden"]
     command += [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in macros.items()]
-    includes = [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
+    # torch carries a pybind11 of its own, which refuses the stable ABI.
+    includes = [pybind11.get_include(), sysconfig.get_path("include"), *include_paths()]
     command += [f"-I{path}" for path in includes]
     command += [str(FOLDER.parent / "bind_cuda.cpp"), *objects]
     command += [f"-L{path}" for path in (library_folder(), *library_paths())]

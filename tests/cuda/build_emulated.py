@@ -28,7 +28,7 @@ def build(out: Path, sanitize: bool = False) -> None:
 
     flags = FLAGS + (["-fsanitize=address,undefined", "-fno-omit-frame-pointer"] if sanitize else [])
     torch_flags = [
-        f"-I{path}" for path in (*include_paths(), pybind11.get_include(), sysconfig.get_path("include"))
+        f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"), *include_paths())
     ]
     torch_flags += [
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
