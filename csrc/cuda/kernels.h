@@ -91,7 +91,7 @@ struct VocabArgs {
   int rows, vocab, blocks;  // blocks of kVocabBlock tokens
   int64_t row_stride;
   const void* logits;
-  float* block_terms;  // scratch (rows, blocks, 4): largest logit, sum of exp2, best id, unused
+  float* block_terms;  // scratch (rows, blocks, 4): largest logit, sum of exp above it, best logit, its id
   int64_t* token;      // greedy_token: output, else null
   const void* targets;  // token_logprobs: int64 or int32, else null
   bool targets_are_64;

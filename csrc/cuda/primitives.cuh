@@ -23,7 +23,6 @@ struct f16 {
 template <class T>
 constexpr int kPiece = 16 / sizeof(T);  // elements in a 16-byte load
 constexpr float kLog2e = 1.44269504088896340736f;
-constexpr float kLn2 = 0.69314718055994530942f;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
