@@ -46,7 +46,7 @@ _library.define("flash_attention(Tensor q, Tensor k, Tensor v, float softmax_sca
 def prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, *, need_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal attention of a prompt: row i sees keys 0 to i.
+    """Causal attention of a prompt: row i sees keys 0 to i. Later keys and values must be finite, no more.
 
     Parameters
     ----------
