@@ -32,14 +32,18 @@ class SGLConfig:
         "both": ``(confidence + consistency) / 2``. "confidence": the confidence alone, without a consistency
         pass.
     draft
-        Verify the small answer inside the large VLM's prefill. Drafts are exact, so this setting never
-        changes a result; verification itself is not available yet and both values decode step by step.
+        Verify the small answer inside the large VLM's prefill, where the two share a tokenizer: tokens that it
+        agrees with cost no decode step. Never changes an answer.
     schedule
-        "throughput" or "latency". Never changes a result; this version runs the stages in series under both.
+        "throughput": the large VLM starts when it is known to be needed. "latency": its vision tower and the
+        layers before the prune layer run while the small VLM answers, for nothing when that exits. Never
+        changes an answer.
     compile
-        "auto" or False run eagerly. True is refused: compiled steps are not available yet.
+        Whether steps go through torch.compile, which takes minutes the first time. "auto": on CUDA only.
     max_batch
-        Most requests that may share a step. Never changes a result; this version runs requests one by one.
+        Most requests in one call of `SGLPipeline.batch`. Memory is set aside for as many.
+    max_prompt_tokens, max_text_tokens
+        Longest prompt, and how many of its tokens may not be visual. Memory is set aside for them.
 
     Raises
     ------
@@ -57,6 +61,8 @@ class SGLConfig:
     schedule: str = "throughput"
     compile: str | bool = "auto"
     max_batch: int = 8
+    max_prompt_tokens: int = 4096
+    max_text_tokens: int = 1024
 
     def __post_init__(self) -> None:
         _check_ratio("keep_ratio", self.keep_ratio)
@@ -66,15 +72,12 @@ class SGLConfig:
             _check_threshold(self.exit_threshold)
         _check_count("max_new_tokens", self.max_new_tokens)
         _check_count("max_batch", self.max_batch)
+        _check_count("max_prompt_tokens", self.max_prompt_tokens)
+        _check_count("max_text_tokens", self.max_text_tokens)
         _check_choice("exit_score", self.exit_score, ("both", "confidence"))
         _check_choice("schedule", self.schedule, ("throughput", "latency"))
         _check_choice("draft", self.draft, (True, False))
         _check_choice("compile", self.compile, ("auto", True, False))
-        if self.compile is True:
-            raise ConfigError(
-                "compile=True: compiled steps are not available yet. Use compile='auto' or False, which run "
-                "eagerly."
-            )
 
     def layer_of(self, num_layers: int) -> int:
         """Return the prune layer K, ``0 <= K < num_layers``, for a model of ``num_layers`` decoder layers.

@@ -1,153 +1,78 @@
-"""One VLM, run by a loop of our own around the modules of its transformers model.
+"""One VLM, and how a batch of requests goes through it, as the host sees it.
 
-A request goes through four calls: `prompt` (host side: finds visual positions and text rows), `encode`
-(vision tower and embeddings), `prefill` (all prompt rows through all layers, pruned on entry to a layer if
-asked) and `decode` (one token through all layers). `generate` strings them together. Steps branch on shapes
-only and never read a value back, so that they can be compiled; the token is read once per step, outside of
-it.
+`prompt` checks a request, `encode` runs the vision tower, `begin` the decoder layers before the prune layer,
+`answer` the rest of the prefill and the decode loop; `score` grades given answers in one pass. What runs on the
+device is in decoder.py and memory.py; how it is compiled and captured, in steps.py.
 
-Mass buffers are (layers, 1, visual tokens) fp32. `mass_buffer` makes one that keeps layers apart or, with
-stride 0 over the layers, one that adds all of them up; `prefill` and `decode` do not tell them apart.
+Requests whose prompts are padded to the same length share a prefill; all of a batch share every decode step.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad
 
 import sgl_kernels
 from sgl_runtime import hf
-from sgl_runtime.cache import KVCache, KVMemory
 from sgl_runtime.clock import Clock
+from sgl_runtime.decoder import Decoder, MassRows, Selection
 from sgl_runtime.errors import NumericalError, PromptError
+from sgl_runtime.memory import Capacity, KVCache, Memory, batch_bucket, bucket, draft_bucket
+from sgl_runtime.requests import Answer, Group, Prefix, Prompt, Prune, Request, make_groups, make_prompt
+from sgl_runtime.steps import FinishedFlag, Steps
+
+_STAGES = {"large": ("large_prefill_full", "large_prefill_pruned")}  # layers < K, layers >= K
 
 
 @dataclass(frozen=True, eq=False)
-class Prompt:
-    """The inputs of one request, checked, on the device.
+class _Started:
+    """What the prefill of a group said, for `VLM._collect`: kept_index (B, S_kept), kept_lens, accepted (B,)."""
 
-    Attributes
-    ----------
-    input_ids : (1, S) int64
-    pixel_values : (tiles, 3, height, width), compute dtype
-    visual_index : (1, N) int32, positions of the visual tokens, ascending
-    text_rows : (1, R) int32, positions of the text tokens after the first visual token: the rows that count
-    spans : lengths of the runs of adjacent visual tokens
-    """
-
-    input_ids: Tensor
-    pixel_values: Tensor
-    visual_index: Tensor
-    text_rows: Tensor
-    spans: tuple[int, ...]
-
-    @property
-    def length(self) -> int:
-        return self.input_ids.shape[1]
-
-    @property
-    def num_visual(self) -> int:
-        return self.visual_index.shape[1]
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """An encoded prompt, reusable across runs: `hidden` (1, S, C), text embeddings and image features."""
-
-    prompt: Prompt
-    hidden: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Prune:
-    """On entry to decoder layer `layer`, keep the `num_keep` visual tokens with the largest `ranking`.
-
-    `ranking` (1, N) fp32 may come from anywhere: the small VLM's mass, another model's, random numbers.
-    """
-
-    layer: int
-    ranking: Tensor
-    num_keep: int
-
-
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """A greedy answer: ids (end of sequence included), their log-probabilities, `kept_index` of `prefill`."""
-
-    token_ids: list[int]
-    logprobs: list[float]
+    group: Group
     kept_index: Tensor | None
-
-    @property
-    def confidence(self) -> float:
-        """Geometric mean of the tokens' probabilities, after logits processors."""
-        return math.exp(sum(self.logprobs) / len(self.logprobs))
+    kept_lens: Tensor
+    accepted: Tensor
 
 
 class VLM:
-    """A vision-language model and its KV memory. `name` ("small", "large") prefixes stages and errors.
+    """A vision-language model with its memory. `name` ("small", "large") prefixes stages and errors.
 
-    Not thread-safe: the KV memory belongs to one request at a time.
+    One batch at a time: the memory belongs to the run that began last.
     """
 
-    def __init__(self, model: nn.Module, name: str) -> None:
+    def __init__(self, model: nn.Module, name: str, *, compiled: bool = False) -> None:
         self.name = name
         self.model = view = hf.view(model)
-        hf.logits_processors(
-            view.generation_config, 1, view.eos_ids
-        )  # a wrong setting shows now, not mid-run
-        self.memory = KVMemory(len(view.layers), view.num_kv_heads, view.head_dim, view.dtype, view.device)
-        self._rope = (torch.empty(0), torch.empty(0))
+        found = hf.logits_processors(view.generation_config, 1, view.eos_ids)
+        self._has_processors = found is not None
+        self.decoder = Decoder(view)
+        shape = (len(view.layers), view.num_kv_heads, view.head_dim)
+        self.memory = Memory(name, *shape, view.dtype, view.device, view.eos_ids)
+        self.steps = Steps(self.decoder, self.memory, compiled=compiled)
+        self._flag = FinishedFlag(view.device)
+        self._stages = _STAGES.get(name, (f"{name}_prefill",) * 2)
 
     @property
     def num_layers(self) -> int:
         return len(self.model.layers)
 
+    def with_compiled(self, compiled: bool) -> VLM:
+        """Return this VLM with its steps compiled or not; both share model and memory and take turns."""
+        if compiled == self.steps.compiled:
+            return self
+        other = copy.copy(self)
+        other.steps = Steps(self.decoder, self.memory, compiled=compiled)
+        return other
+
     def prompt(self, inputs: Mapping[str, Any]) -> Prompt:
-        """Check a processor's output for one request and locate its visual tokens; runs no part of the model.
-
-        Parameters
-        ----------
-        inputs
-            ``input_ids`` (1, S) or (S,) integers and ``pixel_values`` (tiles, 3, height, width) floats;
-            ``attention_mask``, if there, must be all ones.
-
-        Raises
-        ------
-        PromptError
-            Wrong shapes or ids, no image, visual tokens that do not match the tiles, or a prompt that ends in
-            one.
-        """
-        ids, pixels = self._checked_inputs(inputs)
-        visual = ids == self.model.image_token_id  # (S,)
-        positions = visual.nonzero()[:, 0]
-        per_tile = self.model.tokens_per_tile
-        if len(positions) != pixels.shape[0] * per_tile:
-            raise PromptError(
-                f"The {self.name} VLM's prompt has {len(positions)} visual tokens (id "
-                f"{self.model.image_token_id}), but {pixels.shape[0]} tiles of {per_tile} tokens need "
-                f"{pixels.shape[0] * per_tile}."
-            )
-        if visual[-1]:
-            raise PromptError(f"The {self.name} VLM's prompt ends in a visual token; it must end in text.")
-        text = (~visual).nonzero()[:, 0]
-        jumps = (positions.diff() != 1).nonzero()[:, 0] + 1
-        bounds = [0, *jumps.tolist(), len(positions)]
-        device = self.model.device
-        return Prompt(
-            input_ids=ids[None].to(device),
-            pixel_values=pixels.to(device, self.model.dtype),
-            visual_index=positions[None].int().to(device),
-            text_rows=text[text > positions[0]][None].int().to(device),
-            spans=tuple(b - a for a, b in pairwise(bounds)),
-        )
+        """Check a processor's output for one request; see `requests.make_prompt`."""
+        return make_prompt(self.model, self.name, inputs)
 
     def check_room(self, prompt: Prompt, max_new_tokens: int) -> None:
         """Raise PromptError unless the prompt and the answer fit into the model's context."""
@@ -160,120 +85,105 @@ class VLM:
             )
 
     @torch.no_grad()
-    def encode(self, prompt: Prompt, clock: Clock | None = None) -> Request:
-        """Run the vision tower and put its features among the text embeddings."""
+    def encode(self, prompts: Sequence[Prompt], clock: Clock | None = None) -> list[Request]:
+        """Run the vision tower over the tiles of all prompts; put their features among the text embeddings."""
         with self._clock(clock).stage(f"{self.name}_vision"):
-            features = self.model.image_features(prompt.pixel_values).flatten(0, 1)  # (N, C)
-            hidden = self.model.embed(prompt.input_ids)  # (1, S, C)
-            hidden = hidden.index_copy(1, prompt.visual_index[0].long(), features[None].to(hidden.dtype))
-            if not torch.isfinite(features).all():
-                raise self._not_finite("vision", "image features")
-        return Request(prompt, hidden)
-
-    def mass_buffer(self, request: Request, *, per_layer: bool = False) -> Tensor:
-        """Return zeros (layers, 1, N) fp32 to accumulate mass in.
-
-        Unless ``per_layer``, all layers share memory: ``buffer[0]`` (1, N) is then the sum over layers.
-        """
-        layers = self.num_layers if per_layer else 1
-        mass = torch.zeros(
-            layers, 1, request.prompt.num_visual, dtype=torch.float32, device=self.model.device
-        )
-        return mass.expand(self.num_layers, -1, -1)
+            tiles = torch.cat([prompt.pixel_values for prompt in prompts])
+            features = self.model.image_features(tiles).split([len(p.pixel_values) for p in prompts])
+            return [self._embed(p, found.flatten(0, 1)) for p, found in zip(prompts, features, strict=True)]
 
     @torch.no_grad()
-    def prefill(
+    def begin(
         self,
-        request: Request,
-        cache: KVCache | None = None,
+        requests: Sequence[Request],
+        max_new_tokens: int,
         *,
-        mass: Tensor | None = None,
-        query_index: Tensor | None = None,
-        prune: Prune | None = None,
-        num_logits: int = 1,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the prompt through all layers.
+        prune_layer: int | None = None,
+        num_keep: Sequence[int] | None = None,
+        with_draft: bool = False,
+        with_mass: bool = False,
+        clock: Clock | None = None,
+    ) -> Prefix:
+        """Start a batch: run the prompts through the layers that see every token.
 
         Parameters
         ----------
-        request
-            From `encode`.
-        cache
-            Gets keys and values, if given.
-        mass : (layers, 1, N) fp32, optional
-            Gets each layer's attention mass added. Not together with ``prune``.
-        query_index : (1, R) int32, optional
-            The rows that count for ``mass``; default: the prompt's text rows.
-        prune
-            What to keep, on entry to which layer.
-        num_logits
-            How many of the last rows to return logits of.
+        requests
+            From `encode`; at least one.
+        max_new_tokens
+            Longest answer.
+        prune_layer, num_keep
+            Where `answer` will prune, and what each request keeps. None: it will not.
+        with_draft
+            Whether `answer` will get drafts.
+        with_mass
+            Whether to accumulate mass: of an unpruned run without drafts.
+        """
+        if with_mass and (prune_layer is not None or with_draft):
+            raise ValueError("Mass is that of a plain run: ask for it without pruning and without drafts.")
+        stop = prune_layer if prune_layer is not None else 0 if with_draft else self.num_layers
+        prompts = [request.prompt for request in requests]
+        kept = [prompt.length for prompt in prompts]
+        if num_keep is not None:
+            kept = [p.length - p.num_visual + n for p, n in zip(prompts, num_keep, strict=True)]
+        self.reserve(len(prompts), max(p.length for p in prompts), max(kept), prune_layer, max_new_tokens)
+        self.steps.prepare(batch_bucket(len(requests)), with_mass)
+        groups = []
+        with self._clock(clock).stage(self._stages[0]):
+            for group in make_groups(requests):
+                groups.append(self._lower(group, stop, with_mass) if stop else group)
+        return Prefix(groups, len(requests), stop, max_new_tokens)
+
+    @torch.no_grad()
+    def answer(
+        self,
+        prefix: Prefix,
+        *,
+        members: Iterable[int] | None = None,
+        prunes: Mapping[int, Prune] | None = None,
+        drafts: Mapping[int, list[int]] | None = None,
+        clock: Clock | None = None,
+    ) -> dict[int, Answer]:
+        """Finish the prefill of a batch and answer greedily, until an end-of-sequence token or the limit.
+
+        Parameters
+        ----------
+        prefix
+            From `begin`, of this VLM's last run.
+        members
+            Numbers of the requests to answer; the others are dropped. None: all.
+        prunes
+            What each request keeps, by its number. None: no pruning.
+        drafts
+            A proposed answer per request, of at least one token, verified in the prefill; never changes what
+            is answered.
 
         Returns
         -------
-        logits : (1, num_logits, vocabulary)
-        kept_index : (1, S_kept) int32 or None
-            Original positions of the tokens kept, ascending.
+        dict
+            The answer of each request, by its number. A NumericalError is in `Answer.error`, not raised.
         """
-        if mass is not None and prune is not None:
-            raise ValueError("Mass of a pruned run is not defined: give mass or prune, not both.")
-        prompt, hidden, kept_index = request.prompt, request.hidden, None
-        length = hidden.shape[1]
-        rows = prompt.text_rows if query_index is None else query_index
-        cos, sin = (table[None, :length] for table in self._rope_table(length))  # (1, S, D)
-        for i, layer in enumerate(self.model.layers):
-            if prune is not None and i == prune.layer:
-                hidden, kept_index, (cos, sin) = self._prune(request, prune, hidden, (cos, sin))
-            q, k, v = self._project(layer, hidden, cos, sin)  # (1, heads, S, D)
-            if cache is not None:
-                cache.fill(i, k, v)
-            if mass is not None:
-                sgl_kernels.prefill_mass(
-                    q, k, rows, prompt.visual_index, mass[i], softmax_scale=self.model.softmax_scale
-                )
-            attended = scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=True, scale=self.model.softmax_scale
-            )
-            hidden = self._finish(layer, hidden, attended.transpose(1, 2).flatten(2))
-        return self._logits(hidden[:, -num_logits:]), kept_index
+        clock, state = self._clock(clock), self.memory.state
+        state.clear()
+        groups = prefix.groups if members is None else prefix.only(members)
+        with clock.stage(self._stages[1]):
+            started = [self._upper(group, prefix, prunes, drafts) for group in groups]
+        failed_early = state.failed.clone()
+        with clock.stage(f"{self.name}_decode"):
+            self._decode(prefix, groups)
+        return self._collect(started, failed_early)
 
-    @torch.no_grad()
-    def decode(
-        self, token: Tensor, cache: KVCache, *, mass: Tensor | None = None, visual_index: Tensor | None = None
-    ) -> Tensor:
-        """Feed one token (1,) and return the logits (1, vocabulary) of the next; adds its row to ``mass``."""
-        hidden = self.model.embed(token)[:, None]  # (1, 1, C)
-        cos, sin = (table[cache.position][:, None] for table in self._rope)  # (1, 1, D)
-        for i, layer in enumerate(self.model.layers):
-            q, k, v = (states[:, :, 0] for states in self._project(layer, hidden, cos, sin))  # (1, heads, D)
-            seq_lens = cache.append(i, k, v)
-            attended = sgl_kernels.decode_attention(
-                q,
-                cache.keys[i],
-                cache.values[i],
-                seq_lens,
-                visual_index=visual_index,
-                mass=None if mass is None else mass[i],
-                softmax_scale=self.model.softmax_scale,
-            )
-            hidden = self._finish(layer, hidden, attended.flatten(1)[:, None])
-        cache.advance()
-        return self._logits(hidden)[:, 0]
-
-    @torch.no_grad()
     def generate(
         self,
         request: Request,
         max_new_tokens: int,
         *,
-        mass: Tensor | None = None,
         prune: Prune | None = None,
+        draft: list[int] | None = None,
+        with_mass: bool = False,
         clock: Clock | None = None,
     ) -> Answer:
-        """Answer greedily, until an end-of-sequence token or ``max_new_tokens``.
-
-        ``mass`` (layers, 1, N) gets the rows of the prompt's text and of every token fed; ``prune`` prunes
-        the prompt. Not both.
+        """`begin` and `answer` for one request.
 
         Raises
         ------
@@ -282,142 +192,236 @@ class VLM:
         NumericalError
             Logits are NaN or infinite; the message names the stage.
         """
-        prompt, clock = request.prompt, self._clock(clock)
-        self.check_room(prompt, max_new_tokens)
-        fed = max_new_tokens - 1
-        if prune is None:
-            cache = self.memory.cache(prompt.length, fed)
-        else:
-            num_dropped = prompt.num_visual - prune.num_keep
-            cache = self.memory.cache(prompt.length, fed, prune_layer=prune.layer, num_dropped=num_dropped)
-        self._rope_table(prompt.length + fed)
-        choose = self._chooser(prompt)
-        visual_index = None if mass is None else prompt.visual_index
-        with clock.stage(f"{self.name}_prefill"):
-            logits, kept_index = self.prefill(request, cache, mass=mass, prune=prune)
-            token, token_id, logprob = choose(None, logits[:, 0], "prefill")
-        ids, logprobs = [token_id], [logprob]
-        with clock.stage(f"{self.name}_decode"):
-            while len(ids) < max_new_tokens and ids[-1] not in self.model.eos_ids:
-                logits = self.decode(token, cache, mass=mass, visual_index=visual_index)
-                token, token_id, logprob = choose(token, logits, "decode")
-                ids.append(token_id)
-                logprobs.append(logprob)
-        return Answer(ids, logprobs, kept_index)
-
-    def extended(self, request: Request, token_ids: list[int]) -> Request:
-        """Return the request with ``token_ids`` appended as text, whatever their ids are."""
-        tokens = torch.tensor([token_ids], dtype=torch.int64, device=self.model.device)
-        return replace(request, hidden=torch.cat((request.hidden, self.model.embed(tokens)), 1))
-
-    def _checked_inputs(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        ids, pixels, mask = (inputs.get(key) for key in ("input_ids", "pixel_values", "attention_mask"))
-        who = f"The {self.name} VLM's"
-        if (
-            not isinstance(ids, Tensor)
-            or ids.is_floating_point()
-            or ids.squeeze(0).dim() != 1
-            or not ids.numel()
-        ):
-            raise PromptError(f"{who} input_ids must be an integer tensor (1, S), got {_describe(ids)}.")
-        if not isinstance(pixels, Tensor) or pixels.dim() != 4 or not pixels.shape[0]:
-            raise PromptError(
-                f"{who} pixel_values must be a tensor (tiles, 3, height, width), got {_describe(pixels)}. "
-                "A request needs at least one image."
-            )
-        if tuple(pixels.shape[1:]) != (3, *self.model.tile_size):
-            want = (3, *self.model.tile_size)
-            raise PromptError(f"{who} tiles must be {want}, got {tuple(pixels.shape[1:])}.")
-        ids = ids.reshape(-1).long().cpu()
-        if ids.min() < 0 or ids.max() >= self.model.vocab_size:
-            raise PromptError(
-                f"{who} input_ids must be in 0 to {self.model.vocab_size - 1}, got {int(ids.min())} to "
-                f"{int(ids.max())}. Does the tokenizer belong to the model?"
-            )
-        if isinstance(mask, Tensor) and not bool((mask == 1).all()):
-            raise PromptError(f"{who} attention_mask must be all ones: give one request, without padding.")
-        return ids, pixels
-
-    def _rope_table(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return cos and sin (at least ``length``, D) of the positions 0, 1, ...; grown by doubling."""
-        if self._rope[0].shape[0] < length:
-            size = min(max(length, 2 * self._rope[0].shape[0], 256), max(length, self.model.context))
-            positions = torch.arange(size, device=self.model.device)[None]
-            probe = torch.empty(0, dtype=self.model.dtype, device=self.model.device)
-            cos, sin = self.model.rotary(probe, positions)
-            self._rope = (cos[0], sin[0])
-        return self._rope
-
-    def _prune(
-        self, request: Request, prune: Prune, hidden: Tensor, rope: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        prompt, length = request.prompt, hidden.shape[1]
-        seq_lens = torch.full((1,), length, dtype=torch.int32, device=hidden.device)
-        hidden, kept_index, _, (cos, sin) = sgl_kernels.prune_gather(
-            hidden,
-            prune.ranking,
-            prompt.visual_index,
-            seq_lens,
-            prune.num_keep,
-            extras=rope,
-            out_len=length - prompt.num_visual + prune.num_keep,
+        self.check_room(request.prompt, max_new_tokens)
+        prefix = self.begin(
+            [request],
+            max_new_tokens,
+            prune_layer=None if prune is None else prune.layer,
+            num_keep=None if prune is None else [prune.num_keep],
+            with_draft=draft is not None,
+            with_mass=with_mass,
+            clock=clock,
         )
-        return hidden, kept_index, (cos, sin)
+        prunes = None if prune is None else {0: prune}
+        drafts = None if draft is None else {0: draft}
+        answer = self.answer(prefix, prunes=prunes, drafts=drafts, clock=clock)[0]
+        if answer.error is not None:
+            raise answer.error
+        return answer
 
-    def _project(
-        self, layer: hf.Layer, hidden: Tensor, cos: Tensor, sin: Tensor
+    @torch.no_grad()
+    def score(
+        self, prefix: Prefix, prunes: Mapping[int, Prune], answers: Mapping[int, list[int]]
+    ) -> dict[int, float]:
+        """Return the log-probability of given answers when visual tokens are pruned before layer 0.
+
+        Each answer is teacher-forced in one parallel pass over the embeddings in ``prefix``; its tokens'
+        log-probabilities, before logits processors, are summed. NaN where the pass made NaN.
+        """
+        found: dict[int, float] = {}
+        for group in prefix.only(prunes):
+            draft = group.padded_draft(answers)
+            logits, _, _ = self._run_upper(group, group.embedded, None, 0, prunes, draft)
+            totals = sgl_kernels.token_logprobs(logits, draft).double().sum(1).tolist()
+            found |= dict(zip(group.members, totals, strict=True))
+        return found
+
+    @torch.no_grad()
+    def layer_mass(self, request: Request, query_index: Tensor | None = None) -> Tensor:
+        """Return the prompt's mass per layer, (layers, 1, N) fp32.
+
+        Parameters
+        ----------
+        query_index : (1, R) int32, optional
+            The rows that count; default: the prompt's text rows.
+        """
+        prompt, device = request.prompt, self.model.device
+        self.decoder.reserve_positions(prompt.length)
+        mass = torch.zeros(self.num_layers, 1, prompt.num_visual, dtype=torch.float32, device=device)
+        text_rows = prompt.text_rows if query_index is None else query_index
+        rows = torch.zeros(1, dtype=torch.int64, device=device)
+        into = MassRows(text_rows, prompt.visual_index, list(mass))
+        self.decoder.lower(request.hidden, None, rows, self.num_layers, into)
+        return mass
+
+    def reserve(
+        self, batch: int, prompt_tokens: int, kept_tokens: int, prune_layer: int | None, new_tokens: int
+    ) -> None:
+        """Make room for runs of these sizes; a run that needs more makes it itself.
+
+        Parameters
+        ----------
+        batch, prompt_tokens, new_tokens
+            Requests in a batch, tokens of the longest prompt, tokens of the longest answer.
+        kept_tokens
+            Tokens of a prompt that layers from ``prune_layer`` on see. None: there are no such layers.
+
+        Raises
+        ------
+        MemoryLimitError
+            It does not fit.
+        """
+        fed = draft_bucket(new_tokens)
+        capacity = Capacity(
+            batch=batch_bucket(batch),
+            full=bucket(prompt_tokens + fed),
+            pruned=bucket(kept_tokens + fed),
+            prune_layer=self.num_layers if prune_layer is None else prune_layer,
+            new_tokens=new_tokens,
+            visual=bucket(prompt_tokens),
+        )
+        self.decoder.reserve_positions(capacity.full)
+        self.memory.reserve(capacity)
+
+    def _embed(self, prompt: Prompt, features: Tensor) -> Request:
+        hidden = self.model.embed(prompt.input_ids)  # (1, S, C)
+        hidden = hidden.index_copy(1, prompt.visual_index[0].long(), features[None].to(hidden.dtype))
+        return Request(prompt, hidden, features.isfinite().all())
+
+    def _lower(self, group: Group, stop: int, with_mass: bool) -> Group:
+        mass = into = None
+        if with_mass:
+            mass = torch.zeros(group.visual_index.shape, dtype=torch.float32, device=group.rows.device)
+            into = MassRows(group.padded_rows(), group.visual_index, [mass] * self.num_layers)
+        hidden = self.steps.lower(group.embedded, self.memory.cache, group.rows, stop, into)
+        return replace(group, hidden=hidden, mass=mass)
+
+    def _upper(
+        self,
+        group: Group,
+        prefix: Prefix,
+        prunes: Mapping[int, Prune] | None,
+        drafts: Mapping[int, list[int]] | None,
+    ) -> _Started:
+        """Finish a group's prefill and enter its first tokens into the state."""
+        limit, draft = prefix.new_tokens, None
+        if drafts is not None:
+            draft = group.padded_draft({member: drafts[member][:limit] for member in group.members})
+        cache = self.memory.cache
+        logits, kept_index, kept_lens = self._run_upper(
+            group, group.hidden, cache, prefix.stop, prunes, draft
+        )
+        if draft is None:
+            draft = torch.full((len(group.members), 1), -1, device=logits.device)
+        accepted = self.memory.state.begin(
+            group.rows, self._processed(group, logits, draft), draft, limit, group.seq_lens, kept_lens
+        )
+        if group.mass is not None:
+            self.memory.state.enter_mass(group.rows, group.visual_index, group.mass)
+        return _Started(group, None if prunes is None else kept_index, kept_lens, accepted)
+
+    def _run_upper(
+        self,
+        group: Group,
+        hidden: Tensor,
+        cache: KVCache | None,
+        start: int,
+        prunes: Mapping[int, Prune] | None,
+        draft: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rotated q (1, Hq, S, D), rotated k and v (1, Hkv, S, D) of a layer."""
-        normed = layer.input_norm(hidden)
-        q, k, v = (
-            project(normed).unflatten(-1, (-1, self.model.head_dim))  # (1, S, heads, D)
-            for project in (layer.q_proj, layer.k_proj, layer.v_proj)
-        )
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = layer.q_norm(q), layer.k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+        """`Decoder.upper` for a group; ``draft`` (B, T + 1) as `Group.padded_draft` makes it."""
+        longest, selection, rows = group.longest, None, None
+        if prunes is not None:
+            chosen = [prunes[member] for member in group.members]
+            prompts = [request.prompt for request in group.requests]
+            longest = max(p.length - p.num_visual + c.num_keep for p, c in zip(prompts, chosen, strict=True))
+            width = group.visual_index.shape[1]
+            ranking = torch.cat([pad(c.ranking, (0, width - c.ranking.shape[1])) for c in chosen])
+            num_keep = torch.tensor([c.num_keep for c in chosen], dtype=torch.int32, device=hidden.device)
+            selection = Selection(ranking, group.visual_index, num_keep)
+        if draft is not None:
+            fed = draft[:, :-1]  # (B, T)
+            longest += fed.shape[1]
+            if start and cache is not None:
+                columns = self._columns(hidden.shape[1] + fed.shape[1])
+                rows = self.steps.draft_rows(fed, group.seq_lens, cache, group.rows, start, columns)
+            else:
+                rows = self.decoder.embed(fed.clamp_min(0))
+        columns = self._columns(bucket(longest))
+        return self.steps.upper(hidden, group.seq_lens, cache, group.rows, start, selection, rows, columns)
 
-    def _finish(self, layer: hf.Layer, hidden: Tensor, attended: Tensor) -> Tensor:
-        hidden = hidden + layer.o_proj(attended)
-        return hidden + layer.mlp(layer.post_norm(hidden))
+    def _columns(self, count: int) -> Tensor:
+        return torch.arange(count, dtype=torch.int32, device=self.model.device)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.model.lm_head(self.model.norm(hidden))
+    def _decode(self, prefix: Prefix, groups: list[Group]) -> None:
+        batch = batch_bucket(prefix.batch)
+        with_mass = any(group.mass is not None for group in groups)
+        finished = self.memory.state.finished[:batch]
+        histories = self._histories(groups)
+        self._flag.reset()
+        for step in range(prefix.new_tokens - 1):
+            if self._flag.seen(finished):
+                break
+            if histories:
+                logits = self.steps.decode(batch, with_mass).float()
+                for member, (processors, ids, count) in histories.items():
+                    chosen = self.memory.state.tokens[member : member + 1, : count + step]
+                    row = slice(member, member + 1)
+                    logits[row] = processors(torch.cat((ids, chosen), 1), logits[row])
+                self.memory.state.first(batch).choose(logits)
+            else:
+                self.steps.step(batch, with_mass)
+            self._flag.record(finished)
 
-    def _chooser(self, prompt: Prompt) -> Any:
-        """Return a function from the fed token and the logits to the next token, its id and logprob."""
-        processors = hf.logits_processors(self.model.generation_config, prompt.length, self.model.eos_ids)
-        ids = prompt.input_ids
+    def _histories(self, groups: list[Group]) -> dict[int, tuple[Any, Tensor, int]]:
+        """Return, where the checkpoint has logits processors, those of each request, its prompt, its tokens."""
+        if not self._has_processors:
+            return {}
+        counts = self.memory.state.count.tolist()
+        return {
+            member: (self._processors(request), request.prompt.input_ids, counts[member])
+            for group in groups
+            for member, request in zip(group.members, group.requests, strict=True)
+        }
 
-        def choose(fed: Tensor | None, logits: Tensor, stage: str) -> tuple[Tensor, int, float]:
-            nonlocal ids
-            if processors is not None:
-                ids = ids if fed is None else torch.cat((ids, fed[:, None]), 1)
-                logits = processors(ids, logits.float())
-            token, logprob = sgl_kernels.greedy_token(logits)
-            token_id, value = int(token), float(logprob)
-            if not math.isfinite(value):
-                raise self._not_finite(stage, "logits")
-            return token.long(), token_id, value
+    def _processed(self, group: Group, logits: Tensor, draft: Tensor) -> Tensor:
+        """Apply logits processors to the rows of a prefill: row t follows the prompt and t draft tokens."""
+        if not self._has_processors:
+            return logits
+        logits = logits.float()
+        for i, request in enumerate(group.requests):
+            processors = self._processors(request)
+            for t in range(int((draft[i] >= 0).sum().clamp_min(1))):
+                ids = torch.cat((request.prompt.input_ids, draft[i : i + 1, :t]), 1)
+                logits[i, t : t + 1] = processors(ids, logits[i, t : t + 1])
+        return logits
 
-        return choose
+    def _processors(self, request: Request) -> Any:
+        return hf.logits_processors(self.model.generation_config, request.prompt.length, self.model.eos_ids)
+
+    def _collect(self, started: list[_Started], failed_early: Tensor) -> dict[int, Answer]:
+        """Bring the answers to the host: the one place that waits for the device."""
+        state = self.memory.state
+        counts, tokens, logprobs = state.count.tolist(), state.tokens.tolist(), state.logprobs.tolist()
+        failed, early = state.failed.tolist(), failed_early.tolist()
+        answers = {}
+        for begun in started:
+            lens, accepted = begun.kept_lens.tolist(), begun.accepted.tolist()
+            for i, (member, request) in enumerate(
+                zip(begun.group.members, begun.group.requests, strict=True)
+            ):
+                error = None
+                if failed[member]:
+                    error = self._not_finite(request, "prefill" if early[member] else "decode")
+                with_mass = begun.group.mass is not None
+                answers[member] = Answer(
+                    token_ids=tokens[member][: counts[member]],
+                    logprobs=logprobs[member][: counts[member]],
+                    kept_index=None if begun.kept_index is None else begun.kept_index[i, : lens[i]],
+                    accepted=accepted[i],
+                    mass=state.mass[member, None, : request.prompt.num_visual].clone() if with_mass else None,
+                    error=error,
+                )
+        return answers
 
     def _clock(self, clock: Clock | None) -> Clock:
         return Clock(self.model.device) if clock is None else clock
 
-    def _not_finite(self, stage: str, what: str) -> NumericalError:
+    def _not_finite(self, request: Request, stage: str) -> NumericalError:
+        what = "logits"
+        if not request.finite:
+            stage, what = "vision", "image features"
         return NumericalError(
             f"Stage {self.name}_{stage} made {what} that are NaN or infinite (compute dtype "
             f"{self.model.dtype}). Check the weights and the image, or load the model in float32 or bfloat16."
         )
-
-
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position embedding, half-split layout: states (1, heads, S, D), cos and sin (1, S, D)."""
-    first, second = states.chunk(2, -1)
-    return states * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
-
-
-def _describe(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

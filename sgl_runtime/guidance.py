@@ -1,23 +1,23 @@
-"""The small VLM's run: its answer, the mass that ranks visual tokens, the score that decides on an exit."""
+"""The small VLM's run: its answers, the mass that ranks visual tokens, the score that decides on an exit."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-import sgl_kernels
 from sgl_runtime.clock import Clock
 from sgl_runtime.config import SGLConfig, num_kept
-from sgl_runtime.engine import VLM, Answer, Prune, Request
-from sgl_runtime.errors import NumericalError
+from sgl_runtime.engine import VLM
+from sgl_runtime.errors import NumericalError, SGLError
+from sgl_runtime.requests import Answer, Prefix, Prune, Request
 
 
 @dataclass(frozen=True, eq=False)
 class Guidance:
-    """What the small VLM has to say.
+    """What the small VLM has to say about one request.
 
     Attributes
     ----------
@@ -35,45 +35,52 @@ class Guidance:
     decision_score: float
 
 
-def guide(small: VLM, request: Request, config: SGLConfig, clock: Clock) -> Guidance:
-    """Run the small VLM (arXiv 2412.03324, sections 3.2 and 3.3)."""
-    buffer = small.mass_buffer(request)
-    answer = small.generate(request, config.max_new_tokens, mass=buffer, clock=clock)
-    mass = buffer[0]  # (1, N)
-    if config.exit_score == "confidence":
-        return Guidance(answer, mass, answer.confidence, None, answer.confidence)
-    with clock.stage("consistency"):
-        consistency = math.exp(answer_logprob(small, request, answer, mass, config.consistency_keep_ratio))
-    return Guidance(answer, mass, answer.confidence, consistency, (answer.confidence + consistency) / 2)
+def guide(
+    small: VLM, requests: Sequence[Request], config: SGLConfig, clock: Clock
+) -> list[Guidance | SGLError]:
+    """Run the small VLM on a batch (arXiv 2412.03324, sections 3.2 and 3.3); a request can fail alone."""
+    prefix = small.begin(requests, config.max_new_tokens, with_mass=True, clock=clock)
+    answers = small.answer(prefix, clock=clock)
+    logprobs: dict[int, float] = {}
+    if config.exit_score == "both":
+        with clock.stage("consistency"):
+            logprobs = answer_logprobs(small, prefix, answers, config.consistency_keep_ratio)
+    return [_guidance(small, answers[i], logprobs.get(i)) for i in range(len(requests))]
 
 
-@torch.no_grad()
-def answer_logprob(vlm: VLM, request: Request, answer: Answer, ranking: Tensor, keep_ratio: float) -> float:
-    """Return the log-probability of an answer given visual tokens pruned before layer 0.
-
-    The answer is teacher-forced in one parallel pass; its tokens' log-probabilities, before logits
-    processors, are summed.
+def answer_logprobs(
+    vlm: VLM, prefix: Prefix, answers: dict[int, Answer], keep_ratio: float
+) -> dict[int, float]:
+    """Return the log-probability of each answer given visual tokens pruned before layer 0.
 
     Parameters
     ----------
-    ranking : (1, N) fp32
-        The visual tokens with the largest values stay.
+    prefix
+        From the run that gave the answers; its image features are used again.
+    answers
+        With their mass, by which visual tokens are ranked. Those that failed are left out.
     keep_ratio
         Share of visual tokens that stay.
-
-    Raises
-    ------
-    NumericalError
-        The pass made NaN.
     """
-    ids = answer.token_ids
-    prune = Prune(0, ranking, num_kept(request.prompt.num_visual, keep_ratio))
-    logits, _ = vlm.prefill(vlm.extended(request, ids[:-1]), prune=prune, num_logits=len(ids))  # (1, T, V)
-    targets = torch.tensor(ids, device=logits.device)  # (T,)
-    total = float(sgl_kernels.token_logprobs(logits[0], targets).double().sum())
-    if math.isnan(total):
-        raise NumericalError(
-            f"Stage consistency of the {vlm.name} VLM made logits that are NaN (compute dtype "
-            f"{vlm.model.dtype}). Check the weights, or load the model in float32 or bfloat16."
+    prunes, token_ids = {}, {}
+    for number, answer in answers.items():
+        if answer.error is None and answer.mass is not None:
+            prunes[number] = Prune(0, answer.mass, num_kept(answer.mass.shape[1], keep_ratio))
+            token_ids[number] = answer.token_ids
+    return vlm.score(prefix, prunes, token_ids)
+
+
+def _guidance(small: VLM, answer: Answer, logprob: float | None) -> Guidance | SGLError:
+    if answer.error is not None:
+        return answer.error
+    assert answer.mass is not None
+    if logprob is None:
+        return Guidance(answer, answer.mass, answer.confidence, None, answer.confidence)
+    if math.isnan(logprob):
+        return NumericalError(
+            f"Stage consistency of the {small.name} VLM made logits that are NaN (compute dtype "
+            f"{small.model.dtype}). Check the weights, or load the model in float32 or bfloat16."
         )
-    return total
+    consistency = math.exp(logprob)
+    score = (answer.confidence + consistency) / 2
+    return Guidance(answer, answer.mass, answer.confidence, consistency, score)

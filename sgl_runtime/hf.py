@@ -6,6 +6,8 @@ Nothing else in this package reaches into a transformers model, so a new transfo
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +38,10 @@ class Layer:
     k_norm: nn.Module | None
     o_proj: nn.Module
     post_norm: nn.Module
-    mlp: nn.Module
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    activation: Callable[[Tensor], Tensor]
+    down_proj: nn.Module
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class ModelView:
     norm: nn.Module
     lm_head: nn.Module
     rotary: nn.Module
-    num_heads: int
+    num_heads: int  # of this process; a tensor-parallel model has more in all
     num_kv_heads: int
     head_dim: int
     softmax_scale: float
@@ -134,14 +139,25 @@ def checkpoint_directory(source: str | Path) -> Path:
         ) from error
 
 
-def load_model(source: str | Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_model(
+    source: str | Path, device: torch.device, dtype: torch.dtype, *, processes: int = 1
+) -> nn.Module:
     """Load an InternVL checkpoint from safetensors, in ``dtype`` on ``device``.
+
+    Parameters
+    ----------
+    processes
+        More than 1 (see `sgl_runtime.parallel.join`): each process loads its shard of the decoder, by
+        transformers' tensor-parallel plan, and joins the process group; vision tower and projector are
+        whole everywhere. The model's modules do the collectives, under ``torch.no_grad`` only.
 
     Raises
     ------
     CheckpointError
         Not a checkpoint, not safetensors, a model that is not supported, or tensors that do not fit the
         model.
+    ConfigError
+        The attention heads cannot be shared out evenly.
     """
     directory = checkpoint_directory(source)
     _check_config(directory)
@@ -149,9 +165,12 @@ def load_model(source: str | Path, device: torch.device, dtype: torch.dtype) -> 
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
     loader: Any = InternVLForConditionalGeneration
-
     try:
         config = InternVLConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # transformers and safetensors raise many kinds; each means: cannot be loaded
+        raise CheckpointError(f"{directory} could not be loaded: {first_line(error)}") from error
+    sharding = {} if processes == 1 else _sharding(directory, config.text_config, processes)
+    try:
         if _holds_lm_head(files):  # InternVLConfig ties by default, whatever the checkpoint holds
             config.tie_word_embeddings = False
         with _bar_for(files):
@@ -163,10 +182,13 @@ def load_model(source: str | Path, device: torch.device, dtype: torch.dtype) -> 
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **sharding,
             )
-    except Exception as error:  # transformers and safetensors raise many kinds; each means: cannot be loaded
+    except Exception as error:
         raise CheckpointError(f"{directory} could not be loaded: {first_line(error)}") from error
     _check_tensors(directory, info)
+    if sharding:
+        _use_local_weights(model)
     return model.to(device).eval()
 
 
@@ -196,8 +218,8 @@ def view(model: nn.Module) -> ModelView:
         norm=decoder.norm,
         lm_head=model.lm_head,  # type: ignore[arg-type]
         rotary=decoder.rotary_emb,
-        num_heads=text.num_attention_heads,
-        num_kv_heads=text.num_key_value_heads,
+        num_heads=attention.q_proj.weight.shape[0] // attention.head_dim,
+        num_kv_heads=attention.k_proj.weight.shape[0] // attention.head_dim,
         head_dim=attention.head_dim,
         softmax_scale=float(attention.scaling),
         context=text.max_position_embeddings,
@@ -329,10 +351,11 @@ def _safetensors(directory: Path) -> list[Path]:
 
 @contextmanager
 def _bar_for(files: list[Path]) -> Iterator[None]:
-    """Show transformers' loading bar only where loading takes seconds."""
+    """Show transformers' loading bar only where loading takes seconds, and in the first process."""
     from transformers.utils import logging
 
-    if sum(path.stat().st_size for path in files) > 1 << 30 or not logging.is_progress_bar_enabled():
+    wanted = sum(path.stat().st_size for path in files) > 1 << 30 and os.environ.get("RANK", "0") == "0"
+    if wanted or not logging.is_progress_bar_enabled():
         yield
         return
     logging.disable_progress_bar()
@@ -340,6 +363,40 @@ def _bar_for(files: list[Path]) -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
+
+
+def _sharding(directory: Path, text: Any, processes: int) -> dict[str, Any]:
+    """Return what makes ``from_pretrained`` share a decoder out to ``processes`` processes."""
+    from transformers.distributed import DistributedConfig
+
+    heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
+    if heads % processes or kv_heads % processes:
+        raise ConfigError(
+            f"{directory} has {heads} attention heads and {kv_heads} KV heads, which {processes} processes "
+            f"cannot share evenly. Start torchrun with --nproc-per-node set to a divisor of both, at most "
+            f"{math.gcd(heads, kv_heads)}."
+        )
+    plan = {f"model.language_model.{name}": style for name, style in text.base_model_tp_plan.items()}
+    if text.vocab_size % processes == 0:  # transformers 5.17 leaves these two to us and cannot split unevenly
+        plan["model.language_model.embed_tokens"] = "embedding_rowwise"
+        plan["lm_head"] = "colwise_gather_output"
+    return {"distributed_config": DistributedConfig(tp_size=processes, tp_plan=plan)}
+
+
+def _use_local_weights(model: Any) -> None:
+    """Turn the decoder layers' DTensors into the plain local tensors inside them.
+
+    transformers' forward hooks unwrap them in every call anyway (without gradients). Plain ones can also be
+    joined into fewer matrix products and be quantised.
+    """
+    from torch.distributed.tensor import DTensor
+
+    for module in model.model.language_model.layers.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if isinstance(weight, DTensor):
+                setattr(module, name, nn.Parameter(weight.to_local(), requires_grad=False))
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
 
 
 def _holds_lm_head(files: list[Path]) -> bool:
@@ -395,7 +452,10 @@ def _layer_view(layer: Any) -> Layer:
         k_norm=getattr(attention, "k_norm", None),
         o_proj=attention.o_proj,
         post_norm=layer.post_attention_layernorm,
-        mlp=layer.mlp,
+        gate_proj=layer.mlp.gate_proj,
+        up_proj=layer.mlp.up_proj,
+        activation=layer.mlp.act_fn,
+        down_proj=layer.mlp.down_proj,
     )
 
 

@@ -26,10 +26,12 @@ from tqdm import tqdm
 import sgl_kernels
 from sgl_runtime.clock import Clock
 from sgl_runtime.config import SGLConfig, num_kept
-from sgl_runtime.engine import VLM, Prune, Request
+from sgl_runtime.engine import VLM
+from sgl_runtime.errors import SGLError
 from sgl_runtime.files import whole_file
 from sgl_runtime.guidance import guide
 from sgl_runtime.pipeline import SGLPipeline
+from sgl_runtime.requests import Prune, Request
 
 from . import LARGE, SMALL
 from .scenes import KINDS, make_scene
@@ -46,10 +48,8 @@ _RESAMPLES = 2000
 
 def fastv_ranking(large: VLM, request: Request, layer: int) -> Tensor:
     """FastV (arXiv 2403.06764): attention the last prompt token pays in layer max(K - 1, 0). (1, N)."""
-    mass = large.mass_buffer(request, per_layer=True)
     last = torch.tensor([[request.prompt.length - 1]], dtype=torch.int32)
-    large.prefill(request, mass=mass, query_index=last)
-    return mass[max(layer - 1, 0)]
+    return large.layer_mass(request, last)[max(layer - 1, 0)]
 
 
 def answer_question(pipe: SGLPipeline, image: Any, prompt: str, seed: int) -> dict[str, Any]:
@@ -57,11 +57,13 @@ def answer_question(pipe: SGLPipeline, image: Any, prompt: str, seed: int) -> di
     assert pipe.small_processor is not None
     assert pipe.large_processor is not None
     small, large = pipe.small, pipe.large
-    request = small.encode(small.prompt(pipe.small_processor(image, prompt)))
-    guidance = guide(small, request, SGLConfig(max_new_tokens=MAX_NEW_TOKENS), Clock(small.model.device))
-    request = large.encode(large.prompt(pipe.large_processor(image, prompt)))
-    oracle = large.mass_buffer(request)
-    unpruned = large.generate(request, MAX_NEW_TOKENS, mass=oracle)
+    asked = small.encode([small.prompt(pipe.small_processor(image, prompt))])
+    [guidance] = guide(small, asked, SGLConfig(max_new_tokens=MAX_NEW_TOKENS), Clock(small.model.device))
+    if isinstance(guidance, SGLError):
+        raise guidance
+    [request] = large.encode([large.prompt(pipe.large_processor(image, prompt))])
+    unpruned = large.generate(request, MAX_NEW_TOKENS, with_mass=True)
+    assert unpruned.mass is not None
     noise = torch.rand(guidance.mass.shape, generator=torch.Generator().manual_seed(seed))
     out = {
         "small": pipe.small_processor.decode(guidance.answer.token_ids),
@@ -73,7 +75,7 @@ def answer_question(pipe: SGLPipeline, image: Any, prompt: str, seed: int) -> di
     for setting, (layer, keep) in SETTINGS.items():
         rankings = {
             "guided": guidance.mass,
-            "oracle": oracle[0],
+            "oracle": unpruned.mass,
             "FastV": fastv_ranking(large, request, layer),
             "random": noise,
         }

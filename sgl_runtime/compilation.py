@@ -1,0 +1,40 @@
+"""torch.compile as this package uses it: whole functions, a cache that outlives the process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx.experimental import _config as shape_config
+
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+_RECOMPILE_LIMIT = 64  # both VLMs compile the same functions, each for every batch bucket
+
+
+def whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` compiled without a graph break; only dimensions marked as dynamic may differ.
+
+    Compiled code is kept in ``TORCHINDUCTOR_CACHE_DIR``, by default below ``~/.cache/sgl-vlm``, where the next
+    process finds it.
+    """
+    os.environ.setdefault(CACHE_VARIABLE, str(Path("~/.cache/sgl-vlm/inductor").expanduser()))
+    limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+    torch._dynamo.config.recompile_limit = limit
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def call(*args: Any) -> Any:
+        # Two lengths that happen to be equal in the first call are not the same length.
+        with shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            return compiled(*args)
+
+    return call
+
+
+@cache
+def graph_pool() -> Any:
+    """Return the memory pool that all CUDA graphs of this process share."""
+    return torch.cuda.graph_pool_handle()

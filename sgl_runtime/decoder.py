@@ -1,0 +1,285 @@
+"""The language model as our loop runs it. Everything in this file is traced: it branches on shapes and settings
+only, reads no value back, and allocates nothing that outlives a step.
+
+A prompt goes through `lower` (layers < K, every token), `draft_rows` (the draft through the same layers, over
+their cache) and `upper` (pruning, the draft joined behind what was kept, layers >= K, logits). An unpruned
+prompt without a draft is the case K = number of layers. An answer then grows by `decode`, one token a step.
+Prompts of a batch are padded behind their ends: causal attention never looks there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+import sgl_kernels
+from sgl_runtime import hf
+from sgl_runtime.attention import cached_attention, prefill_attention
+from sgl_runtime.memory import DecodeState, KVCache
+
+
+@dataclass(frozen=True, eq=False)
+class MassRows:
+    """Where the mass of a prefill goes: text rows (B, R), visual slots (B, N), one (B, N) buffer per layer."""
+
+    text_rows: Tensor
+    visual_index: Tensor
+    mass: list[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What pruning keeps: `num_keep` (B,) int32 visual tokens with the largest `ranking` (B, N) fp32."""
+
+    ranking: Tensor
+    visual_index: Tensor
+    num_keep: Tensor
+
+
+class Decoder:
+    """Embedding, decoder layers, final norm and head, with the rotary tables of every position."""
+
+    def __init__(self, view: hf.ModelView) -> None:
+        self.embed = view.embed
+        group = view.num_heads // view.num_kv_heads
+        self.layers = [DecoderLayer(layer, view.head_dim, group) for layer in view.layers]
+        self.norm = view.norm
+        self.lm_head = view.lm_head
+        self.softmax_scale = view.softmax_scale
+        self._rotary = view.rotary
+        self._like = torch.empty(0, dtype=view.dtype, device=view.device)
+        self._make_tables(0)
+
+    def reserve_positions(self, length: int) -> None:
+        """Make the rotary tables (positions, D) cover ``length`` positions."""
+        if self.cos.shape[0] < length:
+            self._make_tables(length)
+
+    def lower(
+        self, hidden: Tensor, cache: KVCache | None, rows: Tensor, stop: int, mass: MassRows | None
+    ) -> Tensor:
+        """Run prompts (B, S, C) through the layers before ``stop``; cache row ``rows[b]`` gets request b."""
+        rope = self.cos[None, : hidden.shape[1]], self.sin[None, : hidden.shape[1]]  # (1, S, D)
+        return self._prefill(hidden, rope, cache, rows, range(stop), mass)
+
+    def draft_rows(
+        self, tokens: Tensor, seq_lens: Tensor, cache: KVCache, rows: Tensor, stop: int, columns: Tensor
+    ) -> Tensor:
+        """Run draft tokens (B, T) behind prompts of ``seq_lens`` through the layers before ``stop``.
+
+        Of the cache the first ``len(columns)`` slots are looked at.
+        """
+        span = columns.shape[0]
+        hidden = self.embed(tokens.clamp_min(0))  # (B, T, C)
+        positions = _ramp(seq_lens, tokens.shape[1])  # (B, T)
+        cos, sin = self.cos[positions], self.sin[positions]  # (B, T, D)
+        for i in range(stop):
+            layer = self.layers[i]
+            q, k, v = layer.project(hidden, cos, sin)
+            cache.extend(i, rows, positions, k, v)
+            keys, values = (x[i][:, :, :span].index_select(0, rows) for x in (cache.keys, cache.values))
+            attended = cached_attention(q, keys, values, seq_lens, self.softmax_scale)
+            hidden = layer.finish(hidden, attended)
+        return hidden
+
+    def upper(
+        self,
+        hidden: Tensor,
+        seq_lens: Tensor,
+        cache: KVCache | None,
+        rows: Tensor,
+        start: int,
+        selection: Selection | None,
+        draft: Tensor | None,
+        columns: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Prune, join the draft, run the layers from ``start`` on.
+
+        Parameters
+        ----------
+        hidden : (B, S, C)
+            What entered layer ``start``.
+        selection
+            None keeps everything.
+        draft : (B, T, C), optional
+            What the draft's rows are on entry to layer ``start``.
+        columns : (S_out,) int32
+            0, 1, ...: as many as kept rows and draft are padded to, at least the longest.
+
+        Returns
+        -------
+        logits : (B, T + 1, vocabulary), of the last prompt row and the draft's rows
+        kept_index : (B, S_out) int32, original positions of the prompt's rows that are left; ``kept_lens`` count
+        kept_lens : (B,) int32
+        """
+        out_len = columns.shape[0]
+        cos, sin = (
+            table[: hidden.shape[1]].expand(hidden.shape[0], -1, -1) for table in (self.cos, self.sin)
+        )
+        if selection is not None:
+            hidden, kept_index, kept_lens, (cos, sin) = sgl_kernels.prune_gather(
+                hidden,
+                selection.ranking,
+                selection.visual_index,
+                seq_lens,
+                selection.num_keep,
+                extras=(cos, sin),
+                out_len=out_len,
+            )
+        else:
+            kept_index, kept_lens = columns.expand(hidden.shape[0], -1), seq_lens
+            more = out_len - hidden.shape[1]
+            hidden, cos, sin = (pad(x, (0, 0, 0, more)) for x in (hidden, cos, sin))
+        num_rows = 1
+        if draft is not None:
+            num_rows += draft.shape[1]
+            place = _ramp(kept_lens, draft.shape[1])[..., None]  # (B, T, 1)
+            positions = _ramp(seq_lens, draft.shape[1])
+            hidden, cos, sin = (
+                prompt.scatter(1, place.expand_as(rows_), rows_)
+                for prompt, rows_ in ((hidden, draft), (cos, self.cos[positions]), (sin, self.sin[positions]))
+            )
+        hidden = self._prefill(hidden, (cos, sin), cache, rows, range(start, len(self.layers)), None)
+        last = _ramp(kept_lens - 1, num_rows)[..., None]  # (B, T + 1, 1)
+        hidden = hidden.gather(1, last.expand(-1, -1, hidden.shape[2]))
+        return self.lm_head(self.norm(hidden)), kept_index, kept_lens
+
+    def decode(self, state: DecodeState, cache: KVCache, with_mass: bool) -> Tensor:
+        """Feed ``state.token`` of every request and return the logits (B, vocabulary) of the next.
+
+        A finished request reads no cache, adds no mass and keeps its position.
+        """
+        hidden = self.embed(state.token)[:, None]  # (B, 1, C)
+        cos, sin = self.cos[state.position][:, None], self.sin[state.position][:, None]  # (B, 1, D)
+        slots = state.position, state.position - state.dropped  # layers < K, layers >= K
+        lens = [torch.where(state.finished, 0, slot + 1).int() for slot in slots]
+        for i, layer in enumerate(self.layers):
+            pruned = i >= cache.prune_layer
+            q, k, v = (heads[:, :, 0] for heads in layer.project(hidden, cos, sin))  # (B, heads, D)
+            cache.append(i, slots[pruned], k, v)
+            attended = sgl_kernels.decode_attention(
+                q,
+                cache.keys[i][: q.shape[0]],
+                cache.values[i][: q.shape[0]],
+                lens[pruned],
+                visual_index=state.visual_index if with_mass else None,
+                mass=state.mass if with_mass else None,
+                softmax_scale=self.softmax_scale,
+            )
+            hidden = layer.finish(hidden, attended[:, :, None])
+        return self.lm_head(self.norm(hidden))[:, 0]
+
+    def step(self, state: DecodeState, cache: KVCache, with_mass: bool) -> None:
+        """`decode`, then choose the next token and keep the books: a whole step with no word to the host."""
+        state.choose(self.decode(state, cache, with_mass))
+
+    def _prefill(
+        self,
+        hidden: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache | None,
+        rows: Tensor,
+        layers: range,
+        mass: MassRows | None,
+    ) -> Tensor:
+        for i in layers:
+            layer = self.layers[i]
+            q, k, v = layer.project(hidden, *rope)  # (B, heads, S, D)
+            if cache is not None:
+                cache.fill(i, rows, k, v)
+            attended, lse = prefill_attention(q, k, v, self.softmax_scale, need_lse=mass is not None)
+            if mass is not None:
+                sgl_kernels.prefill_mass(
+                    q,
+                    k,
+                    mass.text_rows,
+                    mass.visual_index,
+                    mass.mass[i],
+                    softmax_lse=lse,
+                    softmax_scale=self.softmax_scale,
+                )
+            hidden = layer.finish(hidden, attended)
+        return hidden
+
+    def _make_tables(self, length: int) -> None:
+        cos, sin = self._rotary(self._like, torch.arange(length, device=self._like.device)[None])
+        self.cos, self.sin = cos[0], sin[0]
+
+
+class DecoderLayer(nn.Module):
+    """One pre-norm layer; q, k, v are one matrix product, and so are gate and up."""
+
+    def __init__(self, layer: hf.Layer, head_dim: int, group: int) -> None:
+        super().__init__()
+        self.input_norm = layer.input_norm
+        self.qkv = join([layer.q_proj, layer.k_proj, layer.v_proj])
+        self.q_norm = layer.q_norm
+        self.k_norm = layer.k_norm
+        self.o_proj = layer.o_proj
+        self.post_norm = layer.post_norm
+        self.gate_up = join([layer.gate_proj, layer.up_proj])
+        self.activation = layer.activation
+        self.down_proj = layer.down_proj
+        self.head_dim = head_dim
+        self.group = group
+
+    def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated q (B, Hq, S, D), rotated k and v (B, Hkv, S, D) of hidden (B, S, C)."""
+        heads = self.qkv(self.input_norm(hidden)).unflatten(-1, (-1, self.head_dim))  # (B, S, Hq + 2 Hkv, D)
+        kv = heads.shape[2] // (self.group + 2)
+        qk, v = heads.split((heads.shape[2] - kv, kv), 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split((qk.shape[2] - kv, kv), 2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), 2)
+        q, k = _rotate(qk, cos[:, :, None], sin[:, :, None]).split((qk.shape[2] - kv, kv), 2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Add the output projection of attended (B, Hq, S, D), then the gated MLP."""
+        hidden = hidden + self.o_proj(attended.transpose(1, 2).flatten(2))
+        gate, up = self.gate_up(self.post_norm(hidden)).chunk(2, -1)
+        return hidden + self.down_proj(self.activation(gate) * up)
+
+
+class Separate(nn.Module):
+    """Projections that cannot be one matrix: those whose own hooks do something, as under tensor parallelism."""
+
+    def __init__(self, projections: list[nn.Module]) -> None:
+        super().__init__()
+        self.projections = nn.ModuleList(projections)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.cat([project(hidden) for project in self.projections], -1)
+
+
+def join(projections: list[nn.Module]) -> nn.Module:
+    """Return one Linear whose output is that of several, one after the other.
+
+    Their weights become views of the joint one, so that nothing is held twice and the model stays whole.
+    """
+    if any(type(p) is not nn.Linear or p._forward_hooks or p._forward_pre_hooks for p in projections):
+        return Separate(projections)
+    linears = [p for p in projections if isinstance(p, nn.Linear)]
+    sizes = [linear.out_features for linear in linears]
+    joint = nn.Linear(linears[0].in_features, sum(sizes), bias=linears[0].bias is not None, device="meta")
+    for name in ("weight", "bias"):
+        if getattr(joint, name) is not None:
+            whole = torch.cat([getattr(linear, name).detach() for linear in linears])
+            setattr(joint, name, nn.Parameter(whole, requires_grad=False))
+            for linear, part in zip(linears, whole.split(sizes), strict=True):
+                getattr(linear, name).data = part
+    return joint
+
+
+def _ramp(first: Tensor, count: int) -> Tensor:
+    """Return (B, count) int64: first[b], first[b] + 1, ..."""
+    return first.long()[:, None] + torch.arange(count, device=first.device)
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary position embedding, half-split layout: states (B, S, heads, D), cos and sin (., S, 1, D)."""
+    first, second = states.chunk(2, -1)
+    return states * cos + torch.cat((-second, first), -1) * sin
