@@ -264,8 +264,8 @@ class VLM:
         fed = draft_bucket(new_tokens)
         capacity = Capacity(
             batch=batch_bucket(batch),
-            full=bucket(prompt_tokens + fed),
-            pruned=bucket(kept_tokens + fed),
+            full=bucket(prompt_tokens + fed) + 1,  # + 1: a slice that is all of a cache would be a case of
+            pruned=bucket(kept_tokens + fed) + 1,  # its own to the compiler
             prune_layer=self.num_layers if prune_layer is None else prune_layer,
             new_tokens=new_tokens,
             visual=bucket(prompt_tokens),

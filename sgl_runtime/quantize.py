@@ -23,10 +23,10 @@ def check_scheme(scheme: str, device: torch.device, dtype: torch.dtype) -> None:
     """
     if scheme not in SCHEMES:
         raise ConfigError(f"quantize={scheme!r} is not a scheme; write one of {', '.join(SCHEMES)}.")
-    if scheme == "int8" and dtype == torch.float16:  # torchao scales behind the product, which passes 65504
+    if dtype == torch.float16:
         raise ConfigError(
-            "quantize='int8' overflows in float16: torchao applies the scale after the product. Use "
-            "dtype='bfloat16', or quantize='fp8'."
+            f"quantize={scheme!r} does not go with float16: torchao's int8 products overflow there and its fp8 "
+            "scales underflow. Use dtype='bfloat16'."
         )
     if scheme == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         major, minor = torch.cuda.get_device_capability(device)
@@ -56,6 +56,17 @@ def quantize_linears(module: nn.Module, scheme: str) -> None:
     check_scheme(scheme, weight.device, weight.dtype)
     quantize, config = _torchao(scheme)
     quantize(module, config)
+    if scheme == "fp8":
+        for linear in module.modules():
+            if isinstance(linear, nn.Linear):
+                _mend_zero_rows(linear.weight)
+
+
+def _mend_zero_rows(weight: Any) -> None:
+    """Make rows of zeros be zeros again: torchao 0.18 gives them a scale of 0 and divides by it."""
+    zero = weight.scale == 0  # (outputs, 1)
+    weight.scale.masked_fill_(zero, 1)
+    weight.qdata.view(torch.uint8).masked_fill_(zero, 0)
 
 
 def _torchao(scheme: str) -> tuple[Any, Any]:

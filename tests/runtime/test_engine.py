@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from sgl_runtime.engine import VLM, Prune
+from sgl_runtime.engine import VLM
 from sgl_runtime.errors import NumericalError, PromptError
+from sgl_runtime.requests import Prune, Request
 
 from . import slow
 
@@ -23,8 +24,9 @@ def vlm(request: pytest.FixtureRequest) -> tuple[Any, VLM]:
     return model, VLM(model, "small")
 
 
-def _request(engine: VLM, inputs: slow.Inputs) -> Any:
-    return engine.encode(engine.prompt(inputs))
+def _request(engine: VLM, inputs: slow.Inputs) -> Request:
+    [request] = engine.encode([engine.prompt(inputs)])
+    return request
 
 
 def _rows(inputs: slow.Inputs, fed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,14 +48,13 @@ def test_mass_is_that_of_full_attention(vlm: tuple[Any, VLM], layout: str) -> No
     model, engine = vlm
     inputs = slow.make_inputs(layout, seed=4)
     request = _request(engine, inputs)
-    per_layer, total = engine.mass_buffer(request, per_layer=True), engine.mass_buffer(request)
-    answer = engine.generate(request, NEW, mass=per_layer)
-    engine.generate(request, NEW, mass=total)
+    answer = engine.generate(request, NEW, with_mass=True)
     visual, text = _rows(inputs, len(answer.token_ids) - 1)
     attention = slow.attention_matrices(model, inputs, answer.token_ids)
     expected = slow.masses(attention, visual, text)
-    torch.testing.assert_close(per_layer[:, 0], expected, rtol=1e-4, atol=0)
-    torch.testing.assert_close(total[0, 0], expected.sum(0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(answer.mass[0], expected.sum(0), rtol=1e-4, atol=0)
+    in_prompt = slow.masses(attention, visual, text[text < request.prompt.length])
+    torch.testing.assert_close(engine.layer_mass(request)[:, 0], in_prompt, rtol=1e-4, atol=0)
     last_visual_row = slow.masses(attention, visual, visual[-1:]).sum(0)
     assert (last_visual_row > 1e-3 * expected.sum(0)).any()  # or a wrong row could hide
 
@@ -62,14 +63,14 @@ def test_text_between_spans_counts_for_the_spans_before_it(vlm: tuple[Any, VLM])
     model, engine = vlm
     inputs = slow.make_inputs("tItttttIt", seed=5)
     request = _request(engine, inputs)
-    mass = engine.mass_buffer(request)
-    answer = engine.generate(request, 1, mass=mass)
+    answer = engine.generate(request, 1, with_mass=True)
+    mass = answer.mass[0]
     visual, _ = _rows(inputs, 0)
     attention = slow.attention_matrices(model, inputs, answer.token_ids)
     last = torch.tensor([inputs["input_ids"].shape[1] - 1])
     only_last = slow.masses(attention, visual, last).sum(0)
-    torch.testing.assert_close(mass[0, 0, slow.PER_TILE :], only_last[slow.PER_TILE :], rtol=1e-4, atol=0)
-    assert mass[0, 0, : slow.PER_TILE].sum() > 1.5 * only_last[: slow.PER_TILE].sum()
+    torch.testing.assert_close(mass[slow.PER_TILE :], only_last[slow.PER_TILE :], rtol=1e-4, atol=0)
+    assert mass[: slow.PER_TILE].sum() > 1.5 * only_last[: slow.PER_TILE].sum()
 
 
 def test_mass_is_conserved(vlm: tuple[Any, VLM]) -> None:
@@ -79,10 +80,9 @@ def test_mass_is_conserved(vlm: tuple[Any, VLM]) -> None:
     length = request.prompt.length
     everything = replace(request.prompt, visual_index=torch.arange(length, dtype=torch.int32)[None])
     every_key = replace(request, prompt=everything)
-    mass = engine.mass_buffer(every_key)
-    engine.prefill(every_key, mass=mass)
     rows = request.prompt.text_rows.shape[1]
-    assert float(mass[0].sum()) == pytest.approx(engine.num_layers * engine.model.num_heads * rows, rel=1e-5)
+    per_layer = engine.layer_mass(every_key).sum((1, 2)).tolist()
+    assert per_layer == pytest.approx([engine.model.num_heads * rows] * engine.num_layers, rel=1e-5)
 
 
 def test_chosen_rows_and_layers(vlm: tuple[Any, VLM]) -> None:
@@ -91,8 +91,7 @@ def test_chosen_rows_and_layers(vlm: tuple[Any, VLM]) -> None:
     request = _request(engine, inputs)
     visual, _ = _rows(inputs, 0)
     last = inputs["input_ids"].shape[1] - 1
-    mass = engine.mass_buffer(request, per_layer=True)
-    engine.prefill(request, mass=mass, query_index=torch.tensor([[last]], dtype=torch.int32))
+    mass = engine.layer_mass(request, torch.tensor([[last]], dtype=torch.int32))
     attention = slow.attention_matrices(model, inputs, [0])
     torch.testing.assert_close(
         mass[:, 0], slow.masses(attention, visual, torch.tensor([last])), rtol=1e-4, atol=0
@@ -112,20 +111,26 @@ def test_pruned_answer_is_that_of_the_slow_loop(
     answer = engine.generate(request, NEW, prune=Prune(layer, ranking, num_keep))
     visual, _ = _rows(inputs, 0)
     kept = slow.kept_positions(visual.tolist(), request.prompt.length, ranking[0].tolist(), num_keep)
-    assert answer.kept_index.tolist() == [kept]
+    assert answer.kept_index.tolist() == kept
     ids, logprobs = slow.pruned_greedy(model, inputs, layer, kept, NEW)
     assert answer.token_ids == ids
     assert answer.logprobs == pytest.approx(logprobs, rel=1e-4, abs=1e-5)
 
 
-def test_pruned_logits_of_the_prompt(vlm: tuple[Any, VLM]) -> None:
+@torch.no_grad()
+def test_pruned_logits_of_prompt_and_draft(vlm: tuple[Any, VLM]) -> None:
     model, engine = vlm
     inputs = slow.make_inputs("ttItIttt", seed=9)
     request = _request(engine, inputs)
     ranking = torch.rand(1, request.prompt.num_visual, generator=torch.Generator().manual_seed(0))
-    logits, kept = engine.prefill(request, prune=Prune(2, ranking, 7), num_logits=3)
-    expected = slow.pruned_logits(model, inputs, [], 2, kept[0].tolist())[-3:]
-    torch.testing.assert_close(logits[0], expected, rtol=1e-4, atol=1e-4)
+    prefix = engine.begin([request], NEW, prune_layer=2, num_keep=[7], with_draft=True)
+    [group] = prefix.groups
+    draft = group.padded_draft({0: [11, 12, 13]})
+    logits, kept, kept_lens = engine._run_upper(
+        group, group.hidden, engine.memory.cache, 2, {0: Prune(2, ranking, 7)}, draft
+    )
+    expected = slow.pruned_logits(model, inputs, [11, 12], 2, kept[0, : kept_lens[0]].tolist())[-3:]
+    torch.testing.assert_close(logits[0, :3], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_keeping_all_is_not_pruning(vlm: tuple[Any, VLM]) -> None:
@@ -152,14 +157,13 @@ def test_generated_image_token_is_text() -> None:
     for seed in range(20):
         inputs = slow.make_inputs(seed=seed)
         request = _request(engine, inputs)
-        mass = engine.mass_buffer(request)
-        answer = engine.generate(request, NEW, mass=mass)
+        answer = engine.generate(request, NEW, with_mass=True)
         if slow.IMAGE_ID in answer.token_ids[:-1]:
             break
     assert slow.IMAGE_ID in answer.token_ids[:-1]
     visual, text = _rows(inputs, len(answer.token_ids) - 1)
     expected = slow.masses(slow.attention_matrices(model, inputs, answer.token_ids), visual, text).sum(0)
-    torch.testing.assert_close(mass[0, 0], expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(answer.mass[0], expected, rtol=1e-4, atol=0)
     assert answer.token_ids == slow.pruned_greedy(model, inputs, 99, [], NEW)[0]
 
 
@@ -169,9 +173,8 @@ def test_runs_repeat_bit_for_bit(vlm: tuple[Any, VLM]) -> None:
     outcomes = []
     for inputs in (first, second, first):  # the memory that `second` leaves behind must not show
         request = _request(engine, inputs)
-        mass = engine.mass_buffer(request)
-        answer = engine.generate(request, NEW, mass=mass)
-        outcomes.append((answer.token_ids, answer.logprobs, mass[0].clone()))
+        answer = engine.generate(request, NEW, with_mass=True)
+        outcomes.append((answer.token_ids, answer.logprobs, answer.mass))
     assert outcomes[0][:2] == outcomes[2][:2]
     assert torch.equal(outcomes[0][2], outcomes[2][2])
 
@@ -184,13 +187,6 @@ def test_stale_memory_is_never_read(vlm: tuple[Any, VLM]) -> None:
     engine.memory._storage.fill_(torch.nan)
     after = engine.generate(request, NEW, prune=prune)
     assert before.logprobs == after.logprobs
-
-
-def test_memory_is_ragged(vlm: tuple[Any, VLM]) -> None:
-    _, engine = vlm
-    cache = engine.memory.cache(30, 5, prune_layer=1, num_dropped=12)
-    assert [k.shape[2] for k in cache.keys] == [35, 23, 23, 23]
-    assert all(k.is_contiguous() and v.is_contiguous() for k, v in zip(cache.keys, cache.values, strict=True))
 
 
 @pytest.mark.parametrize("stops", [(), (2,), (4, 2)])
@@ -242,10 +238,7 @@ def test_bfloat16_stays_near_float32() -> None:
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         engine = VLM(model.to(dtype), "small")
-        request = _request(engine, inputs)
-        mass = engine.mass_buffer(request)
-        engine.prefill(request, mass=mass)
-        results.append(mass[0, 0].clone())
+        results.append(engine.layer_mass(_request(engine, inputs)).sum(0)[0])
     assert results[1].dtype == torch.float32
     assert torch.corrcoef(torch.stack(results))[0, 1] > 0.99
 
@@ -273,13 +266,14 @@ def test_nan_in_decode_is_named() -> None:
         engine.generate(_request(engine, inputs), 3)
 
 
-def test_mass_and_prune_exclude_each_other(vlm: tuple[Any, VLM]) -> None:
+def test_mass_is_that_of_a_plain_run(vlm: tuple[Any, VLM]) -> None:
     _, engine = vlm
     request = _request(engine, slow.make_inputs())
-    with pytest.raises(ValueError, match="not both"):
-        engine.generate(
-            request, 2, mass=engine.mass_buffer(request), prune=Prune(1, torch.zeros(1, slow.PER_TILE), 2)
-        )
+    prune = Prune(1, torch.zeros(1, slow.PER_TILE), 2)
+    with pytest.raises(ValueError, match="without pruning"):
+        engine.generate(request, 2, with_mass=True, prune=prune)
+    with pytest.raises(ValueError, match="without drafts"):
+        engine.generate(request, 2, with_mass=True, draft=[3])
 
 
 def _changed(**changes: Any) -> slow.Inputs:
@@ -314,21 +308,19 @@ def test_no_room(vlm: tuple[Any, VLM]) -> None:
         engine.generate(request, 256 - 17)
 
 
-def test_steps_are_one_graph(vlm: tuple[Any, VLM]) -> None:
+def test_steps_are_one_graph(vlm: tuple[Any, VLM], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing in a step reads a value back or branches on one, so it can be compiled and captured whole."""
     _, engine = vlm
     request = _request(engine, slow.make_inputs(seed=20))
     prune = Prune(1, torch.rand(1, slow.PER_TILE, generator=torch.Generator().manual_seed(0)), 4)
-    token = torch.tensor([11])
-
-    def run(prefill: Any, decode: Any) -> list[torch.Tensor]:
-        cache = engine.memory.cache(request.prompt.length, 3, prune_layer=1, num_dropped=12)
-        logits, kept = prefill(request, cache, prune=prune)
-        return [logits, kept, *(decode(token, cache) for _ in range(3))]
-
-    engine.generate(request, 4)  # the rotary table grows outside of steps
+    plain = engine.generate(request, 6, with_mass=True)
+    pruned = engine.generate(request, 6, prune=prune, draft=[11, 12])
     torch.compiler.reset()
-    prefill = torch.compile(engine.prefill, fullgraph=True, backend="eager")
-    decode = torch.compile(engine.decode, fullgraph=True, backend="eager")
-    for one, other in zip(run(prefill, decode), run(engine.prefill, engine.decode), strict=True):
-        torch.testing.assert_close(one, other)
+    for name in ("_lower", "_draft_rows", "_upper", "_decode", "_step"):
+        whole = torch.compile(getattr(engine.steps, name), fullgraph=True, dynamic=False, backend="eager")
+        monkeypatch.setattr(engine.steps, name, whole)
+    again = engine.generate(request, 6, with_mass=True)
+    assert (again.token_ids, again.logprobs) == (plain.token_ids, plain.logprobs)
+    assert torch.equal(again.mass, plain.mass)
+    again = engine.generate(request, 6, prune=prune, draft=[11, 12])
+    assert (again.token_ids, again.logprobs) == (pruned.token_ids, pruned.logprobs)
