@@ -40,7 +40,9 @@ from sgl_runtime.errors import ConfigError, SGLError
         ({"schedule": "fast"}, "'throughput', 'latency'"),
         ({"draft": 1}, "draft must be one of"),
         ({"compile": 1}, "compile must be one of"),
-        ({"compile": True}, "not available yet"),
+        ({"compile": "always"}, "compile must be one of 'auto', True, False, got 'always'"),
+        ({"max_prompt_tokens": 0}, "max_prompt_tokens must be at least 1"),
+        ({"max_text_tokens": 1.5}, "max_text_tokens must be an int"),
     ],
 )
 def test_refused(changes: dict[str, Any], message: str) -> None:
@@ -58,6 +60,9 @@ def test_refused(changes: dict[str, Any], message: str) -> None:
         {"prune_layer": 0},
         {"prune_layer": 0.0},
         {"compile": False},
+        {"compile": True},
+        {"max_prompt_tokens": 1},
+        {"max_text_tokens": 1},
     ],
     ids=str,
 )

@@ -11,9 +11,28 @@ from sgl_runtime.clock import Clock
 from sgl_runtime.config import SGLConfig
 from sgl_runtime.engine import VLM
 from sgl_runtime.errors import NumericalError
-from sgl_runtime.guidance import answer_logprob, guide
+from sgl_runtime.guidance import Guidance, answer_logprobs, guide
+from sgl_runtime.requests import Answer, Request
 
 from . import slow
+
+
+def _request(engine: VLM, inputs: slow.Inputs) -> Request:
+    [request] = engine.encode([engine.prompt(inputs)])
+    return request
+
+
+def _guide(engine: VLM, request: Request, config: SGLConfig, clock: Clock | None = None) -> Guidance:
+    [guidance] = guide(engine, [request], config, clock or Clock(engine.model.device))
+    assert isinstance(guidance, Guidance)
+    return guidance
+
+
+def _logprob(engine: VLM, request: Request, token_ids: list[int], mass: torch.Tensor, ratio: float) -> float:
+    """`answer_logprobs` of one request with any answer and any ranking."""
+    prefix = engine.begin([request], len(token_ids), with_mass=True)
+    answer = Answer(token_ids, [0.0] * len(token_ids), mass=mass)
+    return answer_logprobs(engine, prefix, {0: answer}, ratio)[0]
 
 
 @pytest.mark.parametrize("layout", ["tttIttttt", "tItttItIIt"])
@@ -21,9 +40,9 @@ from . import slow
 def test_guidance(small_model: torch.nn.Module, layout: str, keep_ratio: float) -> None:
     engine = VLM(small_model, "small")
     inputs = slow.make_inputs(layout, seed=1)
-    request = engine.encode(engine.prompt(inputs))
+    request = _request(engine, inputs)
     config = SGLConfig(max_new_tokens=7, consistency_keep_ratio=keep_ratio)
-    guidance = guide(engine, request, config, Clock(engine.model.device))
+    guidance = _guide(engine, request, config)
 
     ids, logprobs = slow.pruned_greedy(small_model, inputs, 99, [], 7)
     assert guidance.answer.token_ids == ids
@@ -40,27 +59,27 @@ def test_guidance(small_model: torch.nn.Module, layout: str, keep_ratio: float) 
 
 def test_keeping_all_makes_consistency_the_product_of_probabilities(small_model: torch.nn.Module) -> None:
     engine = VLM(small_model, "small")
-    request = engine.encode(engine.prompt(slow.make_inputs(seed=2)))
+    request = _request(engine, slow.make_inputs(seed=2))
     answer = engine.generate(request, 5)
-    total = answer_logprob(engine, request, answer, torch.zeros(1, slow.PER_TILE), 1.0)
+    total = _logprob(engine, request, answer.token_ids, torch.zeros(1, slow.PER_TILE), 1.0)
     assert total == pytest.approx(sum(answer.logprobs), rel=1e-4)
 
 
 def test_long_answers_do_not_underflow_in_log_space(small_model: torch.nn.Module) -> None:
     engine = VLM(small_model, "small")
-    request = engine.encode(engine.prompt(slow.make_inputs(seed=2)))
-    answer = engine.generate(request, 1)
-    unlikely = answer.__class__([3] * 200, [0.0] * 200, None)
-    total = answer_logprob(engine, request, unlikely, torch.zeros(1, slow.PER_TILE), 1.0)
+    request = _request(engine, slow.make_inputs(seed=2))
+    total = _logprob(engine, request, [3] * 200, torch.zeros(1, slow.PER_TILE), 1.0)
     assert -math.inf < total < -200
 
 
 def test_confidence_alone(small_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = VLM(small_model, "small")
-    request = engine.encode(engine.prompt(slow.make_inputs(seed=3)))
-    monkeypatch.setattr("sgl_runtime.guidance.answer_logprob", lambda *_: pytest.fail("consistency pass ran"))
+    request = _request(engine, slow.make_inputs(seed=3))
+    monkeypatch.setattr(
+        "sgl_runtime.guidance.answer_logprobs", lambda *_: pytest.fail("consistency pass ran")
+    )
     clock = Clock(engine.model.device)
-    guidance = guide(engine, request, SGLConfig(max_new_tokens=3, exit_score="confidence"), clock)
+    guidance = _guide(engine, request, SGLConfig(max_new_tokens=3, exit_score="confidence"), clock)
     assert guidance.consistency is None
     assert guidance.decision_score == guidance.confidence == guidance.answer.confidence
     assert "consistency" not in clock.seconds
@@ -70,9 +89,20 @@ def test_nan_in_the_consistency_pass_is_named(
     small_model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = VLM(small_model, "small")
-    request = engine.encode(engine.prompt(slow.make_inputs(seed=4)))
-    answer = engine.generate(request, 3)
-    real = engine.prefill
-    monkeypatch.setattr(engine, "prefill", lambda *a, **k: (real(*a, **k)[0] * torch.nan, None))
-    with pytest.raises(NumericalError, match="onsistency"):
-        answer_logprob(engine, request, answer, torch.zeros(1, slow.PER_TILE), 0.5)
+    requests = [_request(engine, slow.make_inputs(seed=seed)) for seed in (4, 5)]
+    config = SGLConfig(max_new_tokens=3)
+    alone = _guide(engine, requests[1], config)
+    real = engine.steps.upper
+
+    def spoil(hidden: torch.Tensor, seq_lens: torch.Tensor, cache: object, *rest: object) -> object:
+        logits, *others = real(hidden, seq_lens, cache, *rest)
+        if cache is None:  # only the consistency pass has none
+            logits[0] = torch.nan
+        return logits, *others
+
+    monkeypatch.setattr(engine.steps, "upper", spoil)
+    error, guidance = guide(engine, requests, config, Clock(engine.model.device))
+    assert isinstance(error, NumericalError)
+    assert "Stage consistency of the small VLM" in str(error)
+    assert isinstance(guidance, Guidance)
+    assert guidance.decision_score == pytest.approx(alone.decision_score, rel=1e-4)

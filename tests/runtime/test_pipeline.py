@@ -14,10 +14,11 @@ import torch
 
 import sgl_runtime
 from sgl_runtime import SGLConfig, SGLPipeline
-from sgl_runtime.errors import ImageError, PromptError
+from sgl_runtime.errors import BatchError, ImageError, PromptError
 
 from . import slow
 from .checkpoints import picture
+from .compare import assert_same_result
 
 CONFIG = SGLConfig(max_new_tokens=5, prune_layer=2, keep_ratio=0.3)
 
@@ -61,7 +62,7 @@ def test_exit(bare: SGLPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     assert staying.token_ids == free.token_ids
     assert free.token_ids != free.small_token_ids
 
-    for name in ("encode", "prefill", "decode", "generate"):
+    for name in ("encode", "begin", "answer", "generate", "reserve"):
         monkeypatch.setattr(bare.large, name, lambda *_, **__: pytest.fail("the large VLM ran"))
     leaving = at.generate(inputs, inputs)
     assert leaving.exited
@@ -138,31 +139,45 @@ def test_no_run_starts_when_the_large_prompt_is_bad(
 )
 def test_settings_that_change_nothing(bare: SGLPipeline, changes: dict[str, Any]) -> None:
     inputs = slow.make_inputs(seed=8)
-    first = bare.generate(inputs, inputs).to_dict()
-    second = bare.with_config(replace(CONFIG, **changes)).generate(inputs, inputs).to_dict()
-    assert first.pop("timings").keys() == second.pop("timings").keys()
-    assert first == second
-    assert first["accepted_draft"] == 0
+    first = bare.generate(inputs, inputs)
+    second = bare.with_config(replace(CONFIG, **changes)).generate(inputs, inputs)
+    assert first.timings.keys() == second.timings.keys()
+    if changes == {"draft": False}:
+        assert second.accepted_draft == 0
+        second = replace(second, accepted_draft=first.accepted_draft)
+    assert_same_result(first, second)
+
+
+def test_accepted_draft_is_the_common_prefix(bare: SGLPipeline, small_model: torch.nn.Module) -> None:
+    """Of a pair of the same model, unpruned, all of it; of this one, what both say from the start."""
+    inputs = slow.make_inputs(seed=8)
+    same = SGLPipeline.from_models(small_model, small_model, replace(CONFIG, keep_ratio=1.0))
+    result = same.generate(inputs, inputs)
+    assert result.accepted_draft == len(result.small_token_ids) == len(result.token_ids)
+    result = bare.generate(inputs, inputs)
+    pairs = list(zip(result.token_ids, result.small_token_ids, strict=False))
+    assert result.accepted_draft == next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
 
 
 def test_batch_is_each_alone(pipe: SGLPipeline) -> None:
     requests = [
         (picture(seed=i), prompt) for i, prompt in enumerate(["What?", "A longer question, it is.", "Why?"])
     ]
-    together = [result.to_dict() for result in pipe.batch(requests)]
-    alone = [pipe(*request).to_dict() for request in requests]
-    for result in together + alone:
-        del result["timings"]
-    assert together == alone
+    for together, request in zip(pipe.batch(requests), requests, strict=True):
+        assert_same_result(together, pipe(*request))
     assert pipe.batch([]) == []
-    with pytest.raises(ImageError, match="Request 1: There is no image file"):
+    with pytest.raises(BatchError, match="Request 1: There is no image file") as caught:
         pipe.batch([requests[0], ("missing.png", "What?")])
+    assert isinstance(caught.value.errors[1], ImageError)
+    assert caught.value.results[1] is None
+    assert_same_result(caught.value.results[0], pipe(*requests[0]))
 
 
 def test_generate_batch(bare: SGLPipeline) -> None:
     inputs = [slow.make_inputs(seed=seed) for seed in range(2)]
     results = bare.generate_batch([(one, one) for one in inputs])
-    assert [result.token_ids for result in results] == [bare.generate(one, one).token_ids for one in inputs]
+    for result, one in zip(results, inputs, strict=True):
+        assert_same_result(result, bare.generate(one, one))
 
 
 def test_from_disk_equals_from_memory(pipe: SGLPipeline) -> None:
@@ -188,7 +203,7 @@ def test_result(pipe: SGLPipeline) -> None:
     assert set(result.timings) == {
         "preprocess",
         *("small_vision", "small_prefill", "small_decode", "consistency"),
-        *("large_vision", "large_prefill", "large_decode"),
+        *("large_vision", "large_prefill_full", "large_prefill_pruned", "large_decode"),
     }
     assert all(seconds > 0 for seconds in result.timings.values())
     record = json.loads(json.dumps(result.to_dict(), allow_nan=False))

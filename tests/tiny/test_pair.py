@@ -55,7 +55,7 @@ def test_decision_score_tells_right_from_wrong(rows: list[dict[str, Any]]) -> No
 def test_fastv_ranking_is_the_last_rows_attention(pipe: SGLPipeline) -> None:
     assert pipe.large_processor is not None
     inputs = pipe.large_processor(tiny.samples()[0]["image"], "read the red circle")
-    request = pipe.large.encode(pipe.large.prompt(inputs))
+    [request] = pipe.large.encode([pipe.large.prompt(inputs)])
     model = InternVLForConditionalGeneration.from_pretrained(
         tiny.LARGE, attn_implementation="eager", dtype=torch.float32
     )
