@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,3 @@ def whole(function: Callable[..., Any]) -> Callable[..., Any]:
             return compiled(*args)
 
     return call
-
-
-@cache
-def graph_pool() -> Any:
-    """Return the memory pool that all CUDA graphs of this process share."""
-    return torch.cuda.graph_pool_handle()

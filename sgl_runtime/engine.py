@@ -23,9 +23,10 @@ from sgl_runtime import hf
 from sgl_runtime.clock import Clock
 from sgl_runtime.decoder import Decoder, MassRows, Selection
 from sgl_runtime.errors import NumericalError, PromptError
+from sgl_runtime.graphs import FinishedFlag
 from sgl_runtime.memory import Capacity, KVCache, Memory, batch_bucket, bucket, draft_bucket
 from sgl_runtime.requests import Answer, Group, Prefix, Prompt, Prune, Request, make_groups, make_prompt
-from sgl_runtime.steps import FinishedFlag, Steps
+from sgl_runtime.steps import Steps
 
 _STAGES = {"large": ("large_prefill_full", "large_prefill_pruned")}  # layers < K, layers >= K
 
@@ -279,12 +280,12 @@ class VLM:
         return Request(prompt, hidden, features.isfinite().all())
 
     def _lower(self, group: Group, stop: int, with_mass: bool) -> Group:
-        mass = into = None
+        cache, rows = self.memory.cache, group.rows
         if with_mass:
-            mass = torch.zeros(group.visual_index.shape, dtype=torch.float32, device=group.rows.device)
-            into = MassRows(group.padded_rows(), group.visual_index, [mass] * self.num_layers)
-        hidden = self.steps.lower(group.embedded, self.memory.cache, group.rows, stop, into)
-        return replace(group, hidden=hidden, mass=mass)
+            text_rows = group.padded_rows()
+            hidden, mass = self.steps.guided(group.embedded, cache, rows, text_rows, group.visual_index)
+            return replace(group, hidden=hidden, mass=mass)
+        return replace(group, hidden=self.steps.lower(group.embedded, cache, rows, stop, None))
 
     def _upper(
         self,
