@@ -50,8 +50,9 @@ class Decoder:
         self.lm_head = view.lm_head
         self.softmax_scale = view.softmax_scale
         self._rotary = view.rotary
+        self._context = view.context
         self._like = torch.empty(0, dtype=view.dtype, device=view.device)
-        self._make_tables(0)
+        self._make_tables(1)
 
     def reserve_positions(self, length: int) -> None:
         """Make the rotary tables (positions, D) cover ``length`` positions."""
@@ -205,7 +206,9 @@ class Decoder:
         return hidden
 
     def _make_tables(self, length: int) -> None:
-        cos, sin = self._rotary(self._like, torch.arange(length, device=self._like.device)[None])
+        # Only padding lies beyond the context, and a "dynamic" rotary type would turn every position differently.
+        positions = torch.arange(length, device=self._like.device).clamp_max(self._context - 1)
+        cos, sin = self._rotary(self._like, positions[None])
         self.cos, self.sin = cos[0], sin[0]
 
 
