@@ -51,6 +51,16 @@ def test_keep_ratio_one_is_the_unpruned_model(bare: SGLPipeline, large_model: to
     assert result.kept_visual.tolist() == list(range(slow.PER_TILE))
 
 
+def test_memory_beyond_the_context_changes_no_rotary_table() -> None:
+    """A "dynamic" rotary type turns every position differently once one lies beyond the context."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = slow.make_model("llama", seed=3, rope_parameters=rope)
+    inputs = slow.make_inputs(seed=2)
+    pipe = SGLPipeline.from_models(model, model, replace(CONFIG, keep_ratio=1.0, max_new_tokens=12))
+    assert pipe.config.max_prompt_tokens > pipe.large.model.context
+    assert pipe.generate(inputs, inputs).token_ids == slow.greedy(model, inputs, 12)
+
+
 def test_exit(bare: SGLPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = slow.make_inputs(seed=3)
     free = bare.generate(inputs, inputs)
