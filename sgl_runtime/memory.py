@@ -6,6 +6,7 @@ own. Everything is allocated once for stated limits; a run writes into it and al
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, fields
 
 import psutil
@@ -15,6 +16,9 @@ from torch.nn.functional import pad
 
 import sgl_kernels
 from sgl_runtime.errors import MemoryLimitError
+
+
+log = logging.getLogger(__name__)
 
 
 def bucket(length: int) -> int:
@@ -266,6 +270,10 @@ class Memory:
         self.capacity = None
         self._storage = self._storage.new_empty(0)  # the old one goes before the new one comes
         free = free_memory(self.device)
+        log.info(
+            "%s VLM: %.2f GiB for keys and values of %d requests of up to %d tokens; %s has %.2f GiB free",
+            *(self.name, need / 2**30, capacity.batch, capacity.full, self.device, free / 2**30),
+        )
         if need > free:
             raise MemoryLimitError(
                 f"The {self.name} VLM's keys and values need {need / 2**30:.2f} GiB for {capacity.batch} requests "

@@ -103,6 +103,7 @@ class Steps:
 
     def prepare(self, batch: int, with_mass: bool) -> None:
         """Compile and capture the decode step of ``batch`` rows, outside of any run: this executes it."""
+        self._follow_memory()
         if (self.compiled or self.captured) and (batch, with_mass, True) not in self._graphs:
             self.memory.state.clear()
             self._graph(batch, with_mass, choose=True)()
