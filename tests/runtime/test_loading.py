@@ -266,7 +266,9 @@ def test_rotary_types(rope: dict[str, Any]) -> None:
     model = slow.make_model("qwen2", seed=4, rope_parameters=rope)
     inputs = slow.make_inputs("tIIIIttt", seed=4)
     engine = VLM(model, "small")
-    assert engine.generate(engine.encode(engine.prompt(inputs)), 8).token_ids == slow.greedy(model, inputs, 8)
+    assert engine.generate(engine.encode([engine.prompt(inputs)])[0], 8).token_ids == slow.greedy(
+        model, inputs, 8
+    )
 
 
 def test_generation_settings_are_checked_at_load(directory: Path) -> None:
