@@ -248,7 +248,7 @@ class DecoderLayer(nn.Module):
 
 
 class Separate(nn.Module):
-    """Projections that cannot be one matrix: those whose own hooks do something, as under tensor parallelism."""
+    """Projections that cannot be one matrix: quantised ones, and those whose own hooks do something."""
 
     def __init__(self, projections: list[nn.Module]) -> None:
         super().__init__()
@@ -263,7 +263,13 @@ def join(projections: list[nn.Module]) -> nn.Module:
 
     Their weights become views of the joint one, so that nothing is held twice and the model stays whole.
     """
-    if any(type(p) is not nn.Linear or p._forward_hooks or p._forward_pre_hooks for p in projections):
+    if any(
+        type(p) is not nn.Linear
+        or type(p.weight) is not nn.Parameter
+        or p._forward_hooks
+        or p._forward_pre_hooks
+        for p in projections
+    ):
         return Separate(projections)
     linears = [p for p in projections if isinstance(p, nn.Linear)]
     sizes = [linear.out_features for linear in linears]

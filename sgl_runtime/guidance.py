@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
+from sgl_runtime import parallel
 from sgl_runtime.clock import Clock
 from sgl_runtime.config import SGLConfig, num_kept
 from sgl_runtime.engine import VLM
@@ -68,6 +70,15 @@ def answer_logprobs(
             prunes[number] = Prune(0, answer.mass, num_kept(answer.mass.shape[1], keep_ratio))
             token_ids[number] = answer.token_ids
     return vlm.score(prefix, prunes, token_ids)
+
+
+def agree_on(guidance: list[Guidance | SGLError], device: torch.device) -> list[Guidance | SGLError]:
+    """Return rank 0's ``guidance`` in every process that shares the large VLM, the masses on the CPU."""
+    plain = [
+        g if isinstance(g, SGLError) else replace(g, answer=replace(g.answer, mass=None), mass=g.mass.cpu())
+        for g in guidance
+    ]
+    return parallel.agree(plain, device)
 
 
 def _guidance(small: VLM, answer: Answer, logprob: float | None) -> Guidance | SGLError:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sgl_runtime.errors import CheckpointError, ConfigError
+from sgl_runtime.quantize import quantize_linears
 
 TEXT_MODELS = ("llama", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -54,7 +55,8 @@ class ModelView:
     norm: nn.Module
     lm_head: nn.Module
     rotary: nn.Module
-    num_heads: int  # of this process; a tensor-parallel model has more in all
+    processes: int  # that share the language model
+    num_heads: int  # in this process
     num_kv_heads: int
     head_dim: int
     softmax_scale: float
@@ -140,16 +142,21 @@ def checkpoint_directory(source: str | Path) -> Path:
 
 
 def load_model(
-    source: str | Path, device: torch.device, dtype: torch.dtype, *, processes: int = 1
+    source: str | Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    processes: int = 1,
+    quantize: str | None = None,
 ) -> nn.Module:
     """Load an InternVL checkpoint from safetensors, in ``dtype`` on ``device``.
 
     Parameters
     ----------
     processes
-        More than 1 (see `sgl_runtime.parallel.join`): each process loads its shard of the decoder, by
-        transformers' tensor-parallel plan, and joins the process group; vision tower and projector are
-        whole everywhere. The model's modules do the collectives, under ``torch.no_grad`` only.
+        How many share the language model (see `sgl_runtime.parallel`); its modules do the collectives.
+    quantize
+        What `sgl_runtime.quantize` does to the decoder layers, "int8" or "fp8".
 
     Raises
     ------
@@ -157,7 +164,7 @@ def load_model(
         Not a checkpoint, not safetensors, a model that is not supported, or tensors that do not fit the
         model.
     ConfigError
-        The attention heads cannot be shared out evenly.
+        The attention heads cannot be shared out evenly, or the scheme cannot run.
     """
     directory = checkpoint_directory(source)
     _check_config(directory)
@@ -167,10 +174,7 @@ def load_model(
     loader: Any = InternVLForConditionalGeneration
     try:
         config = InternVLConfig.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # transformers and safetensors raise many kinds; each means: cannot be loaded
-        raise CheckpointError(f"{directory} could not be loaded: {first_line(error)}") from error
-    sharding = {} if processes == 1 else _sharding(directory, config.text_config, processes)
-    try:
+        sharding = {} if processes == 1 else _sharding(directory, config.text_config, processes)
         if _holds_lm_head(files):  # InternVLConfig ties by default, whatever the checkpoint holds
             config.tie_word_embeddings = False
         with _bar_for(files):
@@ -184,11 +188,15 @@ def load_model(
                 output_loading_info=True,
                 **sharding,
             )
-    except Exception as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers and safetensors raise many kinds; each means: cannot be loaded
         raise CheckpointError(f"{directory} could not be loaded: {first_line(error)}") from error
     _check_tensors(directory, info)
     if sharding:
         _use_local_weights(model)
+    if quantize is not None:
+        quantize_linears(model.model.language_model.layers, quantize, device)
     return model.to(device).eval()
 
 
@@ -211,6 +219,7 @@ def view(model: nn.Module) -> ModelView:
     decoder: Any = body.language_model  # type: ignore[union-attr]
     _check_text_model(text, decoder)
     attention = decoder.layers[0].self_attn
+    num_heads = attention.q_proj.weight.shape[0] // attention.head_dim
     return ModelView(
         image_features=lambda pixels: _image_features(model, pixels),
         embed=decoder.embed_tokens,
@@ -218,7 +227,8 @@ def view(model: nn.Module) -> ModelView:
         norm=decoder.norm,
         lm_head=model.lm_head,  # type: ignore[arg-type]
         rotary=decoder.rotary_emb,
-        num_heads=attention.q_proj.weight.shape[0] // attention.head_dim,
+        processes=text.num_attention_heads // num_heads,
+        num_heads=num_heads,
         num_kv_heads=attention.k_proj.weight.shape[0] // attention.head_dim,
         head_dim=attention.head_dim,
         softmax_scale=float(attention.scaling),
@@ -384,11 +394,7 @@ def _sharding(directory: Path, text: Any, processes: int) -> dict[str, Any]:
 
 
 def _use_local_weights(model: Any) -> None:
-    """Turn the decoder layers' DTensors into the plain local tensors inside them.
-
-    transformers' forward hooks unwrap them in every call anyway (without gradients). Plain ones can also be
-    joined into fewer matrix products and be quantised.
-    """
+    """Unwrap the decoder layers' DTensors, as each call would: plain tensors can be joined and quantised."""
     from torch.distributed.tensor import DTensor
 
     for module in model.model.language_model.layers.modules():

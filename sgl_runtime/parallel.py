@@ -1,16 +1,21 @@
-"""Several processes that run one large VLM together. torchrun starts them, transformers shards the model and does
-the collectives inside it; here is what a process must know of the others. Every process makes the same calls."""
+"""Several processes that run one large VLM together.
+
+torchrun starts them, transformers shards the model and does the collectives inside it; here is what a process
+must know of the others. All of them make the same calls in the same order.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from sgl_runtime.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def join(device: torch.device) -> tuple[int, torch.device]:
@@ -44,16 +49,15 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def agree(*tensors: Tensor) -> None:
-    """Overwrite ``tensors`` in every process with those of rank 0; does nothing in a process of its own.
+def agree(value: T, device: torch.device) -> T:
+    """Return the ``value`` of rank 0, in every process; ``device`` is this process's.
 
-    Shapes, dtypes and kinds of device must be the same everywhere. Processes that go on from the same bits take
-    the same decisions, and none waits for a collective that another never reaches.
+    Tensors inside must lie on the CPU. Processes that go on from the same bits take the same decisions, and
+    none waits for a collective that another never reaches.
     """
-    if not dist.is_initialized():
-        return
-    for tensor in tensors:
-        dist.broadcast(tensor, src=0)
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=device)
+    return box[0]
 
 
 def leave() -> None:
@@ -67,8 +71,8 @@ def _own_device(device: torch.device) -> torch.device:
     if device.type == "cpu":
         if torch.cuda.is_available():
             raise ConfigError(
-                "device='cpu', but tensor parallelism runs on CUDA where there is CUDA. Write device='auto', or "
-                "hide the GPUs with CUDA_VISIBLE_DEVICES=''."
+                "device='cpu', but tensor parallelism runs on CUDA where there is CUDA. Write device='auto', "
+                "or hide the GPUs with CUDA_VISIBLE_DEVICES=''."
             )
         return device
     rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()

@@ -25,20 +25,22 @@ def check_scheme(scheme: str, device: torch.device, dtype: torch.dtype) -> None:
         raise ConfigError(f"quantize={scheme!r} is not a scheme; write one of {', '.join(SCHEMES)}.")
     if dtype == torch.float16:
         raise ConfigError(
-            f"quantize={scheme!r} does not go with float16: torchao's int8 products overflow there and its fp8 "
-            "scales underflow. Use dtype='bfloat16'."
+            f"quantize={scheme!r} does not go with float16: torchao's int8 products overflow there and its "
+            "fp8 scales underflow. Use dtype='bfloat16'."
         )
     if scheme == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         major, minor = torch.cuda.get_device_capability(device)
         raise ConfigError(
-            f"quantize='fp8' needs a GPU of compute capability 8.9 or newer, {device} has {major}.{minor}. Use "
-            "quantize='int8'."
+            f"quantize='fp8' needs a GPU of compute capability 8.9 or newer, {device} has {major}.{minor}. "
+            "Use quantize='int8'."
         )
     _torchao(scheme)
 
 
-def quantize_linears(module: nn.Module, scheme: str) -> None:
+def quantize_linears(module: nn.Module, scheme: str, device: torch.device) -> None:
     """Quantise the weight of every ``nn.Linear`` inside ``module``, in place; biases stay as they are.
+
+    Each in turn moves to ``device`` for it and stays there: never do all lie there unquantised.
 
     Parameters
     ----------
@@ -52,14 +54,13 @@ def quantize_linears(module: nn.Module, scheme: str) -> None:
     ConfigError
         See `check_scheme`.
     """
-    weight = next(linear.weight for linear in module.modules() if isinstance(linear, nn.Linear))
-    check_scheme(scheme, weight.device, weight.dtype)
+    linears = [linear for linear in module.modules() if isinstance(linear, nn.Linear)]
+    check_scheme(scheme, device, linears[0].weight.dtype)
     quantize, config = _torchao(scheme)
-    quantize(module, config)
+    quantize(module, config, device=device)
     if scheme == "fp8":
-        for linear in module.modules():
-            if isinstance(linear, nn.Linear):
-                _mend_zero_rows(linear.weight)
+        for linear in linears:
+            _mend_zero_rows(linear.weight)
 
 
 def _mend_zero_rows(weight: Any) -> None:

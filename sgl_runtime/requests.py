@@ -219,6 +219,20 @@ def make_prompt(model: hf.ModelView, name: str, inputs: Mapping[str, Any]) -> Pr
     )
 
 
+def check_match(small: Prompt, large: Prompt) -> None:
+    """Raise PromptError unless the i-th visual token of one prompt can stand for the i-th of the other."""
+    if small.num_visual != large.num_visual:
+        raise PromptError(
+            f"The small VLM has {small.num_visual} visual tokens and the large VLM {large.num_visual}; "
+            "guidance needs equal counts. Use two VLMs of one family, with the same tile settings."
+        )
+    if len(small.spans) == len(large.spans) and small.spans != large.spans:
+        raise PromptError(
+            f"The images' visual tokens differ: {list(small.spans)} in the small VLM and {list(large.spans)} "
+            "in the large VLM. Use two VLMs of one family, with the same tile settings."
+        )
+
+
 def _group(requests: list[Request], members: list[int], length: int) -> Group:
     prompts = [request.prompt for request in requests]
     hidden = torch.cat([pad(r.hidden, (0, 0, 0, length - r.prompt.length)) for r in requests])
