@@ -51,6 +51,7 @@ class Decoder:
         self.softmax_scale = view.softmax_scale
         self._rotary = view.rotary
         self._context = view.context
+        self._tables: list[tuple[Tensor, Tensor]] = []
         self._like = torch.empty(0, dtype=view.dtype, device=view.device)
         self._make_tables(1)
 
@@ -206,10 +207,11 @@ class Decoder:
         return hidden
 
     def _make_tables(self, length: int) -> None:
-        # Only padding lies beyond the context, and a "dynamic" rotary type would turn every position differently.
+        # Only padding lies beyond the context, and would make a "dynamic" rotary type turn every position anew.
         positions = torch.arange(length, device=self._like.device).clamp_max(self._context - 1)
         cos, sin = self._rotary(self._like, positions[None])
         self.cos, self.sin = cos[0], sin[0]
+        self._tables.append((self.cos, self.sin))  # captured graphs go on reading the shorter ones
 
 
 class DecoderLayer(nn.Module):

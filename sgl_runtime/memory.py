@@ -258,6 +258,7 @@ class Memory:
                 return False
             capacity = self.capacity.joined(capacity)
         need = self.estimate(capacity)
+        self.capacity = None  # until all of it stands
         with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
             if need > self.allocated:
                 self._allocate(need, capacity)
@@ -267,8 +268,12 @@ class Memory:
         return True
 
     def _allocate(self, need: int, capacity: Capacity) -> None:
-        self.capacity = None
-        self._storage = self._storage.new_empty(0)  # the old one goes before the new one comes
+        for name in (
+            "cache",
+            "state",
+        ):  # the old memory goes, with all that looks into it, before the new comes
+            vars(self).pop(name, None)
+        self._storage = self._storage.new_empty(0)
         free = free_memory(self.device)
         log.info(
             "%s VLM: %.2f GiB for keys and values of %d requests of up to %d tokens; %s has %.2f GiB free",

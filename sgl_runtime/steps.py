@@ -7,7 +7,9 @@ choice of the token, end-of-sequence bookkeeping. A prefill's graph, where it pa
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,7 +17,15 @@ from torch import Tensor
 from sgl_runtime import compilation
 from sgl_runtime.decoder import Decoder, MassRows, Selection
 from sgl_runtime.graphs import ShapedGraphs, StepGraph
-from sgl_runtime.memory import KVCache, Memory
+from sgl_runtime.memory import DecodeState, KVCache, Memory
+
+
+@dataclass(frozen=True, eq=False)
+class _Graphs:
+    """What was captured for one layout of the memory."""
+
+    prefill: ShapedGraphs = field(default_factory=ShapedGraphs)
+    decode: dict[tuple[int, bool, bool], StepGraph] = field(default_factory=dict)
 
 
 class Steps:
@@ -32,7 +42,7 @@ class Steps:
         self._upper = wrap(decoder.upper)
         self._decode = wrap(decoder.decode)
         self._step = wrap(decoder.step)
-        self._drop_graphs()
+        self._graphs: WeakKeyDictionary[DecodeState, _Graphs] = WeakKeyDictionary()
 
     def lower(
         self, hidden: Tensor, cache: KVCache | None, rows: Tensor, stop: int, mass: MassRows | None
@@ -58,12 +68,8 @@ class Steps:
             return self.lower(hidden, cache, rows, self._num_layers, into), mass
 
         inputs = (hidden, rows, text_rows, visual_index)
-        if not self.captured:
-            found = run(*inputs)
-        else:
-            self._follow_memory()
-            found = self._prefill_graphs(run, inputs)
-        return found[0], found[1]
+        hidden, mass = self._present_graphs().prefill(run, inputs) if self.captured else run(*inputs)
+        return hidden, mass
 
     def draft_rows(
         self, tokens: Tensor, seq_lens: Tensor, cache: KVCache, rows: Tensor, stop: int, columns: Tensor
@@ -103,8 +109,8 @@ class Steps:
 
     def prepare(self, batch: int, with_mass: bool) -> None:
         """Compile and capture the decode step of ``batch`` rows, outside of any run: this executes it."""
-        self._follow_memory()
-        if (self.compiled or self.captured) and (batch, with_mass, True) not in self._graphs:
+        known = self._present_graphs().decode
+        if (self.compiled or self.captured) and (batch, with_mass, True) not in known:
             self.memory.state.clear()
             self._graph(batch, with_mass, choose=True)()
 
@@ -117,27 +123,22 @@ class Steps:
         return self._graph(batch, with_mass, choose=False)()
 
     def _graph(self, batch: int, with_mass: bool, choose: bool) -> StepGraph:
-        self._follow_memory()
+        known = self._present_graphs().decode
         key = (batch, with_mass, choose)
-        if key not in self._graphs:
+        if key not in known:
             state, cache = self.memory.state.first(batch), self.memory.cache
             function = self._step if choose else self._decode
             graph = StepGraph(lambda: function(state, cache, with_mass))
             if self.captured and choose:  # logits processors run between uncaptured steps
                 graph.capture()
-            self._graphs[key] = graph
-        return self._graphs[key]
+            known[key] = graph
+        return known[key]
 
-    def _follow_memory(self) -> None:
-        """Drop graphs of memory that has been laid out anew: they would write into the void."""
-        if self._graphs_of is not self.memory.state:
-            self._drop_graphs()
-            self._graphs_of = self.memory.state
-
-    def _drop_graphs(self) -> None:
-        self._graphs: dict[tuple[int, bool, bool], StepGraph] = {}
-        self._prefill_graphs = ShapedGraphs()
-        self._graphs_of: Any = None
+    def _present_graphs(self) -> _Graphs:
+        """Return the graphs of the memory as it lies now; those of an earlier layout went with its state."""
+        if self.memory.state not in self._graphs:
+            self._graphs[self.memory.state] = _Graphs()
+        return self._graphs[self.memory.state]
 
 
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
