@@ -6,8 +6,7 @@ as one batch. A single request is a batch of one. A request that fails leaves, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgl_runtime import hf
+from sgl_runtime import hf, parallel
 from sgl_runtime.clock import Clock
-from sgl_runtime.config import SGLConfig, num_kept
+from sgl_runtime.config import SGLConfig
 from sgl_runtime.engine import VLM
-from sgl_runtime.errors import BatchError, MemoryLimitError, PromptError, SGLError
-from sgl_runtime.guidance import Guidance, guide
+from sgl_runtime.errors import BatchError, PromptError, SGLError
 from sgl_runtime.images import Image
-from sgl_runtime.overlap import Task, Worker
+from sgl_runtime.overlap import Worker
 from sgl_runtime.processing import Processor
-from sgl_runtime.requests import Answer, Prefix, Prompt, Prune
+from sgl_runtime.quantize import check_scheme
+from sgl_runtime.requests import Prompt
+from sgl_runtime.runner import Outcome, Runner
 
 Images = Image | Sequence[Image]
 Inputs = Mapping[str, Any]
@@ -101,16 +101,32 @@ class SGLPipeline:
         *,
         small_processor: Processor | None = None,
         large_processor: Processor | None = None,
+        worker: Worker | None = None,
     ) -> None:
-        compiled = config.compile is True or (config.compile == "auto" and large.model.device.type == "cuda")
-        self.small = small.with_compiled(compiled)
-        self.large = large.with_compiled(compiled)
         self.config = config
         self.small_processor = small_processor
         self.large_processor = large_processor
-        self.prune_layer = config.layer_of(large.num_layers)
-        self._worker = Worker(large.model.device)
-        self._shares_tokens = _same_tokens(small_processor, large_processor)
+        self._worker = Worker(large.model.device) if worker is None else worker
+        compiled = config.compile is True or (config.compile == "auto" and large.model.device.type == "cuda")
+        self._runner = Runner(
+            small.with_compiled(compiled),
+            large.with_compiled(compiled),
+            config,
+            self._worker,
+            _same_tokens(small_processor, large_processor),
+        )
+
+        self.prune_layer = self._runner.prune_layer
+
+    @property
+    def small(self) -> VLM:
+        """The small VLM."""
+        return self._runner.small
+
+    @property
+    def large(self) -> VLM:
+        """The large VLM."""
+        return self._runner.large
 
     @classmethod
     def from_pretrained(
@@ -121,6 +137,8 @@ class SGLPipeline:
         config: SGLConfig | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        tensor_parallel: bool = False,
+        quantize: str | None = None,
     ) -> SGLPipeline:
         """Load both VLMs, with tokenizers and image settings, from directories or hub ids.
 
@@ -135,18 +153,27 @@ class SGLPipeline:
             "auto" (CUDA where there is one), or a torch device.
         dtype
             Compute dtype: "auto" (bfloat16 on CUDA, float32 on the CPU), "float32", "bfloat16" or "float16".
+        tensor_parallel
+            Whether the processes that torchrun started share the large VLM. All must make the same calls.
+        quantize
+            Weights of the large VLM's decoder layers in 8 bits: "int8" or "fp8". None: as loaded.
 
         Raises
         ------
         CheckpointError, ConfigError
             A checkpoint cannot be used, or a setting does not fit it.
         """
-        place = hf.resolve_device(device)
+        place, processes = hf.resolve_device(device), 1
+        if tensor_parallel:
+            processes, place = parallel.join(place)
         compute = hf.resolve_dtype(dtype, place)
+        if quantize is not None:
+            check_scheme(quantize, place, compute)
+        options: dict[str, Any] = {"processes": processes, "quantize": quantize}
         parts = []
-        for name, source in (("small", small), ("large", large)):
+        for name, source, more in (("small", small, {}), ("large", large, options)):
             directory = hf.checkpoint_directory(source)
-            vlm = VLM(hf.load_model(directory, place, compute), name)
+            vlm = VLM(hf.load_model(directory, place, compute, **more), name)
             parts.append((vlm, Processor.from_directory(directory, vlm.model)))
         (small_vlm, small_processor), (large_vlm, large_processor) = parts
         return cls(
@@ -175,15 +202,26 @@ class SGLPipeline:
 
         The two take turns, like two calls of one.
         """
-        other = SGLPipeline(
+        return SGLPipeline(
             self.small,
             self.large,
             config,
             small_processor=self.small_processor,
             large_processor=self.large_processor,
+            worker=self._worker,
         )
-        other._worker = self._worker
-        return other
+
+    def warm_up(self) -> None:
+        """Set memory aside, compile and capture now what requests will need, and show how far it is.
+
+        Without this call it happens as it is needed; compiling, before the first answer.
+
+        Raises
+        ------
+        MemoryLimitError
+            What the configuration asks for does not fit.
+        """
+        self._runner.warm_up()
 
     def __call__(self, images: Images, prompt: str) -> SGLResult:
         """Answer ``prompt`` about one image or a list of them.
@@ -200,11 +238,6 @@ class SGLPipeline:
         ImageError, PromptError, NumericalError
             Bad input, or weights that make NaN.
         """
-        if self.small_processor is None or self.large_processor is None:
-            raise PromptError(
-                "This pipeline was made from models without tokenizers: call generate() with processor "
-                "outputs, or load it with SGLPipeline.from_pretrained()."
-            )
         return _only_result(*self._batch([(images, prompt)]))
 
     def batch(self, requests: Sequence[tuple[Images, str]]) -> list[SGLResult]:
@@ -232,7 +265,7 @@ class SGLPipeline:
 
     def generate_batch(self, requests: Sequence[tuple[Inputs, Inputs]]) -> list[SGLResult]:
         """Answer several ``(small_inputs, large_inputs)`` requests together; like `batch`."""
-        self._check_batch(len(requests))
+        self._runner.check_batch(len(requests))
         return _all_results(*self._run(list(requests), {}, self._clock()))
 
     def _batch(
@@ -243,7 +276,7 @@ class SGLPipeline:
                 "This pipeline was made from models without tokenizers: call generate() with processor "
                 "outputs, or load it with SGLPipeline.from_pretrained()."
             )
-        self._check_batch(len(requests))
+        self._runner.check_batch(len(requests))
         clock, errors = self._clock(), dict[int, SGLError]()
         inputs: list[tuple[Inputs, Inputs]] = []
         with clock.stage("preprocess"):
@@ -261,112 +294,26 @@ class SGLPipeline:
         self, inputs: list[tuple[Inputs, Inputs]], errors: dict[int, SGLError], clock: Clock
     ) -> tuple[list[SGLResult | None], dict[int, SGLError]]:
         """Answer what has no error yet; return one result per request, and the errors of those without one."""
-        prompts: dict[int, tuple[Prompt, Prompt]] = {}
+        checked: dict[int, tuple[Prompt, Prompt]] = {}
         for number, (small_inputs, large_inputs) in enumerate(inputs):
             if number not in errors:
                 try:
-                    prompts[number] = self._prompts(small_inputs, large_inputs)
+                    checked[number] = self._runner.prompts(small_inputs, large_inputs)
                 except SGLError as error:
                     errors[number] = error
         results: list[SGLResult | None] = [None] * len(inputs)
-        if prompts:
-            numbers = list(prompts)
-            with self._memory_errors(len(numbers)):
-                outcomes = self._answer([prompts[number] for number in numbers], clock)
-            for number, outcome in zip(numbers, outcomes, strict=True):
-                if isinstance(outcome, SGLError):
-                    errors[number] = outcome
-                else:
-                    results[number] = outcome
+        outcomes = self._runner.run(list(checked.values()), clock) if checked else []
+        timings = clock.seconds
+        for (number, (_, prompt)), outcome in zip(checked.items(), outcomes, strict=True):
+            if isinstance(outcome, SGLError):
+                errors[number] = outcome
+            else:
+                results[number] = self._result(outcome, prompt, timings)
         return results, errors
 
-    def _answer(self, prompts: list[tuple[Prompt, Prompt]], clock: Clock) -> list[SGLResult | SGLError]:
-        """Answer a batch of checked requests."""
-        ahead = None
-        try:
-            if self.config.schedule == "latency":
-                large_inputs = [
-                    tensor for _, large in prompts for tensor in (large.input_ids, large.pixel_values)
-                ]
-                ahead = self._worker.start(
-                    lambda task: self._begin_large([large for _, large in prompts], clock, task), large_inputs
-                )
-            self._reserve(self.small)
-            requests = self.small.encode([small for small, _ in prompts], clock)
-            guidance = guide(self.small, requests, self.config, clock)
-            staying = {i: g for i, g in enumerate(guidance) if isinstance(g, Guidance) and not self._exits(g)}
-            answers: dict[int, Answer] = {}
-            if staying:
-                started = list(range(len(prompts))) if ahead is not None else list(staying)
-                large_prompts = [prompts[i][1] for i in started]
-                if ahead is not None:
-                    prefix = ahead.result()
-                else:
-                    self._worker.join()
-                    prefix = self._begin_large(large_prompts, clock)
-                asked = {at: staying[i] for at, i in enumerate(started) if i in staying}
-                found = self._answer_large(prefix, large_prompts, asked, clock)
-                answers = {started[at]: answer for at, answer in found.items()}
-        finally:
-            if ahead is not None:
-                ahead.discard()
-        timings = clock.seconds
-        return [
-            g if isinstance(g, SGLError) else self._result(g, answers.get(i), prompts[i][1], timings)
-            for i, g in enumerate(guidance)
-        ]
-
-    def _exits(self, guidance: Guidance) -> bool:
-        threshold = self.config.exit_threshold
-        return threshold is not None and guidance.decision_score >= threshold
-
-    def _begin_large(self, prompts: list[Prompt], clock: Clock, task: Task[Prefix] | None = None) -> Prefix:
-        """Everything that the large VLM can do before it knows what the small one has to say."""
-        self._reserve(self.large)
-        requests = self.large.encode(prompts, clock)
-        if task is not None:
-            task.check()
-        prunes = self.config.keep_ratio < 1
-        return self.large.begin(
-            requests,
-            self.config.max_new_tokens,
-            prune_layer=self.prune_layer if prunes else None,
-            num_keep=[self._num_keep(prompt) for prompt in prompts] if prunes else None,
-            with_draft=self._drafts,
-            clock=clock,
-        )
-
-    def _answer_large(
-        self, prefix: Prefix, prompts: list[Prompt], asked: dict[int, Guidance], clock: Clock
-    ) -> dict[int, Answer]:
-        """Answer the requests in ``asked``, numbered as in ``prefix`` and ``prompts``."""
-        device, size = self.large.model.device, self.large.model.vocab_size
-        prunes = {
-            i: Prune(self.prune_layer, g.mass.to(device), self._num_keep(prompts[i]))
-            for i, g in asked.items()
-        }
-        drafts = {i: _known(g.answer.token_ids, size) for i, g in asked.items()}
-        return self.large.answer(
-            prefix,
-            members=asked,
-            prunes=prunes if self.config.keep_ratio < 1 else None,
-            drafts=drafts if self._drafts else None,
-            clock=clock,
-        )
-
-    @property
-    def _drafts(self) -> bool:
-        return self.config.draft and self._shares_tokens
-
-    def _num_keep(self, prompt: Prompt) -> int:
-        return num_kept(prompt.num_visual, self.config.keep_ratio)
-
-    def _result(
-        self, guidance: Guidance, answer: Answer | None, prompt: Prompt, timings: dict[str, float]
-    ) -> SGLResult | SGLError:
-        """``answer`` is the large VLM's, None after an exit; ``prompt`` is the large VLM's too."""
-        if answer is not None and answer.error is not None:
-            return answer.error
+    def _result(self, outcome: Outcome, prompt: Prompt, timings: dict[str, float]) -> SGLResult:
+        """``prompt`` is the large VLM's."""
+        guidance, answer = outcome.guidance, outcome.answer
         exited, final = answer is None, guidance.answer if answer is None else answer
         kept = kept_visual = None
         if answer is not None:
@@ -391,76 +338,8 @@ class SGLPipeline:
             timings=dict(timings),
         )
 
-    def _prompts(self, small_inputs: Inputs, large_inputs: Inputs) -> tuple[Prompt, Prompt]:
-        small, large = self.small.prompt(small_inputs), self.large.prompt(large_inputs)
-        _check_match(small, large)
-        for vlm, prompt in ((self.small, small), (self.large, large)):
-            vlm.check_room(prompt, self.config.max_new_tokens)
-            self._check_limit(vlm.name, "tokens", prompt.length, "max_prompt_tokens")
-            self._check_limit(vlm.name, "text tokens", prompt.length - prompt.num_visual, "max_text_tokens")
-        return small, large
-
-    def _check_limit(self, name: str, what: str, count: int, setting: str) -> None:
-        limit = getattr(self.config, setting)
-        if count > limit:
-            raise PromptError(
-                f"The {name} VLM's prompt has {count} {what}, but {setting} is {limit}. Raise it, which takes "
-                "more memory, or shorten the prompt."
-            )
-
-    def _check_batch(self, count: int) -> None:
-        if count > self.config.max_batch:
-            raise PromptError(
-                f"{count} requests came in one batch, but max_batch is {self.config.max_batch}. Split them, or "
-                "raise max_batch, which takes more memory."
-            )
-
-    def _reserve(self, vlm: VLM) -> None:
-        """Set memory aside for the largest run that the settings allow."""
-        config = self.config
-        prompt = min(config.max_prompt_tokens, max(1, vlm.model.context - config.max_new_tokens))
-        pruned = vlm is self.large and config.keep_ratio < 1
-        kept = min(prompt, min(prompt, config.max_text_tokens) + num_kept(prompt, config.keep_ratio))
-        vlm.reserve(
-            config.max_batch,
-            prompt,
-            kept if pruned else prompt,
-            self.prune_layer if pruned else None,
-            config.max_new_tokens,
-        )
-
-    @contextmanager
-    def _memory_errors(self, batch: int) -> Iterator[None]:
-        try:
-            yield
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
-                raise
-            config = self.config
-            raise MemoryLimitError(
-                f"Memory ran out with {batch} requests (max_batch={config.max_batch}, "
-                f"max_prompt_tokens={config.max_prompt_tokens}, max_new_tokens={config.max_new_tokens}; keys and "
-                f"values take {self.small.memory.allocated / 2**20:.0f} MiB in the small VLM and "
-                f"{self.large.memory.allocated / 2**20:.0f} MiB in the large one): {hf.first_line(error)} "
-                "Lower max_batch, max_prompt_tokens or keep_ratio. The pipeline can go on."
-            ) from error
-
     def _clock(self) -> Clock:
         return Clock(self.large.model.device)
-
-
-def _check_match(small: Prompt, large: Prompt) -> None:
-    """Raise PromptError unless the i-th visual token of one prompt can stand for the i-th of the other."""
-    if small.num_visual != large.num_visual:
-        raise PromptError(
-            f"The small VLM has {small.num_visual} visual tokens and the large VLM {large.num_visual}; "
-            "guidance needs equal counts. Use two VLMs of one family, with the same tile settings."
-        )
-    if len(small.spans) == len(large.spans) and small.spans != large.spans:
-        raise PromptError(
-            f"The images' visual tokens differ: {list(small.spans)} in the small VLM and {list(large.spans)} "
-            "in the large VLM. Use two VLMs of one family, with the same tile settings."
-        )
 
 
 def _only_result(results: list[SGLResult | None], errors: dict[int, SGLError]) -> SGLResult:
@@ -481,16 +360,6 @@ def _same_tokens(small: Processor | None, large: Processor | None) -> bool:
     if small is None or large is None:
         return True
     return small.tokenizer.get_vocab() == large.tokenizer.get_vocab()
-
-
-def _known(token_ids: list[int], vocab_size: int) -> list[int]:
-    """The draft as far as the large VLM has embeddings for it, and at least one token."""
-    known = next((i for i, token in enumerate(token_ids) if token >= vocab_size), len(token_ids))
-    return token_ids[:known] or [0]
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
 def _text(processor: Processor | None, token_ids: list[int]) -> str | None:

@@ -1,0 +1,260 @@
+"""How the two VLMs take turns on a batch: small first, or side by side; who exits; what the large one is given.
+
+`schedule="throughput"` begins the large VLM's work when it is known to be needed, for those requests alone.
+`schedule="latency"` begins it for all of them in a worker, as far as it goes without guidance, and drops it when
+nobody needs it. What is computed is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from sgl_runtime import hf
+from sgl_runtime.clock import Clock
+from sgl_runtime.config import SGLConfig, num_kept
+from sgl_runtime.engine import VLM
+from sgl_runtime.errors import MemoryLimitError, PromptError, SGLError
+from sgl_runtime.guidance import Guidance, agree_on, guide
+from sgl_runtime.memory import batch_bucket
+from sgl_runtime.overlap import Task, Worker
+from sgl_runtime.requests import Answer, Prefix, Prompt, Prune, check_match
+
+Pair = tuple[Prompt, Prompt]  # of the small and the large VLM
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What became of one request; ``answer`` is the large VLM's, None after an exit."""
+
+    guidance: Guidance
+    answer: Answer | None
+
+
+class Runner:
+    """Runs batches under one configuration. The VLMs, their memory and the worker may be shared with others.
+
+    Parameters
+    ----------
+    shares_tokens
+        Whether an id means the same to both VLMs, so that the small answer can be the large one's draft.
+    """
+
+    def __init__(
+        self, small: VLM, large: VLM, config: SGLConfig, worker: Worker, shares_tokens: bool
+    ) -> None:
+        self.small = small
+        self.large = large
+        self.config = config
+        self.prune_layer = config.layer_of(large.num_layers)
+        self._worker = worker
+        self._prunes = config.keep_ratio < 1
+        self._drafts = config.draft and shares_tokens
+        self._shared = large.model.processes > 1
+        self._warm = False
+
+    def prompts(self, small_inputs: Mapping[str, Any], large_inputs: Mapping[str, Any]) -> Pair:
+        """Check one request, all of it, before any work.
+
+        Raises
+        ------
+        PromptError
+            An input is wrong, the two do not match, or a limit is exceeded.
+        """
+        small, large = self.small.prompt(small_inputs), self.large.prompt(large_inputs)
+        check_match(small, large)
+        for vlm, prompt in ((self.small, small), (self.large, large)):
+            vlm.check_room(prompt, self.config.max_new_tokens)
+            text = prompt.length - prompt.num_visual
+            for what, count, setting in (
+                ("tokens", prompt.length, "max_prompt_tokens"),
+                ("text tokens", text, "max_text_tokens"),
+            ):
+                limit = getattr(self.config, setting)
+                if count > limit:
+                    raise PromptError(
+                        f"The {vlm.name} VLM's prompt has {count} {what}, but {setting} is {limit}. Raise it, "
+                        "which takes more memory, or shorten the prompt."
+                    )
+        return small, large
+
+    def check_batch(self, count: int) -> None:
+        """Raise PromptError when a batch is larger than the memory set aside."""
+        if count > self.config.max_batch:
+            raise PromptError(
+                f"{count} requests came in one batch, but max_batch is {self.config.max_batch}. Split them, "
+                "or raise max_batch, which takes more memory."
+            )
+
+    def run(self, batch: list[Pair], clock: Clock) -> list[Outcome | SGLError]:
+        """Answer checked requests; one can fail alone.
+
+        Raises
+        ------
+        MemoryLimitError
+            Memory ran out. The next call starts afresh.
+        """
+        if self.small.steps.compiled and not self._warm:
+            self.warm_up()
+        with self._memory_errors(len(batch)):
+            return self._run(batch, clock)
+
+    def warm_up(self) -> None:
+        """Set all memory aside, compile and capture what any request can need, and show how far it is."""
+        self._warm = True
+        with self._memory_errors(self.config.max_batch):
+            self._worker.join()
+            self._reserve(self.small)
+            self._reserve(self.large)
+            sizes = [1 << i for i in range(batch_bucket(self.config.max_batch).bit_length())]
+            jobs: list[tuple[str, Any]] = []
+            for vlm in (self.small, self.large):
+                for size in reversed(sizes):  # the largest graph first: the others fit into its pool
+                    jobs.append(
+                        (
+                            f"{vlm.name} decode x{size}",
+                            lambda v=vlm, n=size: v.steps.prepare(n, v is self.small),
+                        )
+                    )
+            patient = Runner(
+                self.small, self.large, replace(self.config, exit_threshold=None), self._worker, self._drafts
+            )
+            for size in (1, 2)[: self.config.max_batch]:  # more than two are compiled like two
+                jobs.append((f"prefill x{size}", lambda n=size: patient._try_out(n)))
+            kind = "compiling" if self.small.steps.compiled else "warming up"
+            for name, job in (bar := tqdm(jobs, kind, leave=False)):
+                bar.set_postfix_str(name)
+                with torch.no_grad():
+                    job()
+
+    def _try_out(self, count: int) -> None:
+        """Answer a made-up request, ``count`` times in one batch."""
+        inputs = []
+        for view in (self.small.model, self.large.model):
+            ids = [view.image_token_id] * view.tokens_per_tile
+            text = next(i for i in range(view.vocab_size) if i != view.image_token_id)
+            inputs.append(
+                {
+                    "input_ids": torch.tensor([text, *ids, text, text]),
+                    "pixel_values": torch.zeros(1, 3, *view.tile_size),
+                }
+            )
+        self._run([self.prompts(*inputs)] * count, Clock(self.large.model.device))
+
+    def _run(self, batch: list[Pair], clock: Clock) -> list[Outcome | SGLError]:
+        large_prompts = [large for _, large in batch]
+        ahead = None
+        # Processes that share the large VLM must launch the same collectives, whoever exits.
+        if self.config.schedule == "latency" and not self._shared:
+            read = [tensor for prompt in large_prompts for tensor in (prompt.input_ids, prompt.pixel_values)]
+            ahead = self._worker.start(lambda task: self._begin_large(large_prompts, clock, task), read)
+        try:
+            guidance = self._guide([small for small, _ in batch], clock)
+            staying = {i: g for i, g in enumerate(guidance) if isinstance(g, Guidance) and not self._exits(g)}
+            answers: dict[int, Answer] = {}
+            if staying and ahead is not None:
+                answers = self._answer_large(ahead.result(), large_prompts, staying, clock)
+            elif staying:
+                self._worker.join()
+                left = [large_prompts[i] for i in staying]
+                asked = dict(enumerate(staying.values()))
+                found = self._answer_large(self._begin_large(left, clock), left, asked, clock)
+                answers = {number: found[at] for at, number in enumerate(staying)}
+        finally:
+            if ahead is not None:
+                ahead.discard()
+        return [g if isinstance(g, SGLError) else _outcome(g, answers.get(i)) for i, g in enumerate(guidance)]
+
+    def _guide(self, prompts: list[Prompt], clock: Clock) -> list[Guidance | SGLError]:
+        self._reserve(self.small)
+        guidance = guide(self.small, self.small.encode(prompts, clock), self.config, clock)
+        return agree_on(guidance, self.large.model.device) if self._shared else guidance
+
+    def _exits(self, guidance: Guidance) -> bool:
+        threshold = self.config.exit_threshold
+        return threshold is not None and guidance.decision_score >= threshold
+
+    def _begin_large(self, prompts: list[Prompt], clock: Clock, task: Task[Prefix] | None = None) -> Prefix:
+        """Everything that the large VLM can do before it knows what the small one has to say."""
+        self._reserve(self.large)
+        requests = self.large.encode(prompts, clock)
+        if task is not None:
+            task.check()
+        return self.large.begin(
+            requests,
+            self.config.max_new_tokens,
+            prune_layer=self.prune_layer if self._prunes else None,
+            num_keep=[self._num_keep(prompt) for prompt in prompts] if self._prunes else None,
+            with_draft=self._drafts,
+            clock=clock,
+        )
+
+    def _answer_large(
+        self, prefix: Prefix, prompts: list[Prompt], asked: dict[int, Guidance], clock: Clock
+    ) -> dict[int, Answer]:
+        """Answer the requests in ``asked``, numbered as in ``prefix`` and ``prompts``."""
+        device, size = self.large.model.device, self.large.model.vocab_size
+        prunes = {
+            i: Prune(self.prune_layer, g.mass.to(device), self._num_keep(prompts[i]))
+            for i, g in asked.items()
+        }
+        drafts = {i: _known(g.answer.token_ids, size) for i, g in asked.items()}
+        return self.large.answer(
+            prefix,
+            members=asked,
+            prunes=prunes if self._prunes else None,
+            drafts=drafts if self._drafts else None,
+            clock=clock,
+        )
+
+    def _num_keep(self, prompt: Prompt) -> int:
+        return num_kept(prompt.num_visual, self.config.keep_ratio)
+
+    def _reserve(self, vlm: VLM) -> None:
+        """Set memory aside for the largest run that the settings allow."""
+        config = self.config
+        prompt = min(config.max_prompt_tokens, max(1, vlm.model.context - config.max_new_tokens))
+        pruned = vlm is self.large and self._prunes
+        kept = min(prompt, min(prompt, config.max_text_tokens) + num_kept(prompt, config.keep_ratio))
+        vlm.reserve(
+            config.max_batch,
+            prompt,
+            kept if pruned else prompt,
+            self.prune_layer if pruned else None,
+            config.max_new_tokens,
+        )
+
+    @contextmanager
+    def _memory_errors(self, batch: int) -> Iterator[None]:
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            config = self.config
+            raise MemoryLimitError(
+                f"Memory ran out with {batch} requests (max_batch={config.max_batch}, "
+                f"max_prompt_tokens={config.max_prompt_tokens}, max_new_tokens={config.max_new_tokens}; keys "
+                f"and values take {self.small.memory.allocated / 2**20:.0f} MiB in the small VLM and "
+                f"{self.large.memory.allocated / 2**20:.0f} MiB in the large one): {hf.first_line(error)} "
+                "Lower max_batch, max_prompt_tokens or keep_ratio. The pipeline can go on."
+            ) from error
+
+
+def _outcome(guidance: Guidance, answer: Answer | None) -> Outcome | SGLError:
+    return Outcome(guidance, answer) if answer is None or answer.error is None else answer.error
+
+
+def _known(token_ids: list[int], vocab_size: int) -> list[int]:
+    """The draft as far as the large VLM has embeddings for it, and at least one token."""
+    known = next((i for i, token in enumerate(token_ids) if token >= vocab_size), len(token_ids))
+    return token_ids[:known] or [0]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
