@@ -94,8 +94,16 @@ def run(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantize: Annotated[
+        str | None, typer.Option(help="Weights of the large VLM's layers in 8 bits: int8 or fp8.")
+    ] = None,
+    tensor_parallel: Annotated[
+        bool,
+        typer.Option("--tensor-parallel", help="Share the large VLM among the processes torchrun started."),
+    ] = False,
 ) -> None:
     """Answer one question about one or more images."""
+    from sgl_runtime import parallel
     from sgl_runtime.errors import ConfigError
     from sgl_runtime.images import open_image
 
@@ -105,10 +113,15 @@ def run(
             raise ConfigError(
                 f"--save-map draws one image, got {len(image)}. Leave it out or ask about one image."
             )
-        _check_target(save_map)
+        if parallel.is_first():
+            _check_target(save_map)
     opened = [open_image(path) for path in image]  # before the models, which may take minutes to load
-    pipe = _pipeline(small, large, config, device=device, dtype=dtype)
+    options = {"device": device, "dtype": dtype, "quantize": quantize, "tensor_parallel": tensor_parallel}
+    pipe = _pipeline(small, large, config, **options)
     result = pipe(opened, prompt)
+    parallel.leave()
+    if not parallel.is_first():
+        return
     if save_map is not None:
         _save_picture(pipe, save_map, opened[0], prompt, result)
     if as_json:

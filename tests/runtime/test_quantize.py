@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from sgl_runtime import SGLConfig, SGLPipeline, hf, tiny
+from sgl_runtime.engine import VLM
 from sgl_runtime.errors import ConfigError
 from sgl_runtime.quantize import SCHEMES, check_scheme, quantize_linears
 
@@ -183,3 +185,40 @@ def test_inductor_settings_stay() -> None:
     for scheme in SCHEMES:
         quantize_linears(make_net(torch.float32), scheme, CPU)
     assert config.save_config() == before
+
+
+@torchao
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_pipeline_answers_with_the_quantised_weights(scheme: str) -> None:
+    config = SGLConfig(max_new_tokens=8)
+    requests = [(sample["image"], sample["prompt"]) for sample in tiny.samples()]
+    pipe = SGLPipeline.from_pretrained(tiny.SMALL, tiny.LARGE, config=config, device="cpu", quantize=scheme)
+    model = hf.load_model(tiny.LARGE, CPU, torch.float32, quantize=scheme)
+    for linear in linears(model.model.language_model.layers):
+        linear.weight = nn.Parameter(linear.weight.dequantize(torch.float32))
+    processors = {"small_processor": pipe.small_processor, "large_processor": pipe.large_processor}
+    same = SGLPipeline(pipe.small, VLM(model, "large"), config, **processors)
+    for got, want in zip(pipe.batch(requests), same.batch(requests), strict=True):
+        assert got.token_ids == want.token_ids
+        assert got.accepted_draft == want.accepted_draft
+
+
+@torchao
+def test_only_the_large_vlms_decoder_layers_are_quantised() -> None:
+    model = hf.load_model(tiny.LARGE, CPU, torch.float32, quantize="int8")
+    quantised = {name for name, weight in model.named_parameters() if type(weight) is not nn.Parameter}
+    inside = {
+        f"model.language_model.layers.{name}.weight"
+        for name, module in model.model.language_model.layers.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    assert quantised == inside
+    assert len(inside) == 7 * len(model.model.language_model.layers)
+    pipe = SGLPipeline.from_pretrained(tiny.SMALL, tiny.LARGE, device="cpu", quantize="int8")
+    small = [weight for layer in pipe.small.decoder.layers for weight in layer.parameters()]
+    assert {type(weight) for weight in small} == {nn.Parameter}
+
+
+def test_a_wrong_scheme_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(ConfigError, match="quantize='int3'"):
+        SGLPipeline.from_pretrained("nowhere/at-all", "nowhere/at-all", device="cpu", quantize="int3")
