@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sgl_runtime import hf
+from sgl_runtime import hf, parallel
 from sgl_runtime.clock import Clock
 from sgl_runtime.config import SGLConfig, num_kept
 from sgl_runtime.engine import VLM
@@ -127,7 +127,8 @@ class Runner:
             for size in (1, 2)[: self.config.max_batch]:  # more than two are compiled like two
                 jobs.append((f"prefill x{size}", lambda n=size: patient._try_out(n)))
             kind = "compiling" if self.small.steps.compiled else "warming up"
-            for name, job in (bar := tqdm(jobs, kind, leave=False)):
+            bar = tqdm(jobs, kind, leave=False, disable=not parallel.is_first())
+            for name, job in bar:
                 bar.set_postfix_str(name)
                 with torch.no_grad():
                     job()
