@@ -17,7 +17,6 @@ from torch.nn.functional import pad
 import sgl_kernels
 from sgl_runtime.errors import MemoryLimitError
 
-
 log = logging.getLogger(__name__)
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from dataclasses import field as dataclass_field
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sgl_runtime import SGLConfig, SGLPipeline
 from sgl_runtime.engine import VLM
 from sgl_runtime.errors import MemoryLimitError
-from sgl_runtime.memory import Capacity, Memory, batch_bucket, bucket, draft_bucket
+from sgl_runtime.memory import Capacity, DecodeState, Memory, batch_bucket, bucket, draft_bucket
 from sgl_runtime.requests import Prune, Request
 
 from . import slow
@@ -266,3 +267,117 @@ def test_nothing_is_allocated_per_token(engine: VLM, monkeypatch: pytest.MonkeyP
     assert [sum(changes) for changes in left] == [0] * 5
     assert (memory.state, memory.cache) == (state, cache)
     assert places() == before
+
+
+VOCAB, EOS_IDS, NEW, WIDTH = 12, [2, 5], 7, 9
+
+
+def logits_of(choices: list[int | None]) -> torch.Tensor:
+    """Rows (., VOCAB) with their largest entry at the given token, each by a margin of its own; None: NaN."""
+    logits = torch.zeros(len(choices), VOCAB)
+    for row, token in enumerate(choices):
+        logits[row, token or 3] = 2.0 + row / 8
+        if token is None:
+            logits[row, 7] = torch.nan
+    return logits
+
+
+@dataclass
+class Books:
+    """What a request's state must say, in plain Python."""
+
+    draft: list[int]
+    limit: int
+    seq_len: int
+    answer: list[int] = dataclass_field(default_factory=list)
+    logprobs: list[float] = dataclass_field(default_factory=list)
+    accepted: int = 0
+    failed: bool = False
+
+    @property
+    def finished(self) -> bool:
+        return self.failed or len(self.answer) >= self.limit or bool({*self.answer} & {*EOS_IDS})
+
+    def choose(self, token: int | None, logprob: float) -> None:
+        self.answer.append(3 if token is None else token)
+        self.logprobs.append(logprob)
+        self.failed |= token is None
+
+    def begin(self, choices: list[int | None], logprobs: list[float]) -> None:
+        """Row t of a prefill speaks when the t draft tokens before it were what the model says."""
+        for t in range(max(1, len(self.draft))):
+            self.choose(choices[t], logprobs[t])
+            right = t < len(self.draft) and self.answer[t] == self.draft[t]
+            self.accepted += right
+            if self.finished or not right:
+                return
+
+
+TOKENS = st.one_of(st.integers(1, VOCAB - 1), st.sampled_from([None, 2]))
+
+
+@st.composite
+def prefills(draw: st.DrawFn) -> tuple[list[int | None], list[int]]:
+    """What the model says in each row, and a draft that agrees with it for a while."""
+    choices = draw(st.lists(st.one_of(st.integers(3, VOCAB - 1), TOKENS), min_size=WIDTH, max_size=WIDTH))
+    draft = [token or 3 for token in choices[: draw(st.integers(0, NEW))]]
+    for at in draw(st.lists(st.integers(0, NEW), max_size=2)):
+        if at < len(draft):
+            draft[at] = draw(st.integers(0, VOCAB - 1))
+    return choices, draft
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    requests=st.lists(prefills(), min_size=1, max_size=4),
+    steps=st.lists(st.lists(TOKENS, min_size=4, max_size=4), max_size=8),
+    limit=st.integers(1, NEW),
+    data=st.data(),
+)
+def test_state_keeps_the_books(
+    requests: list[tuple[list[int | None], list[int]]],
+    steps: list[list[int | None]],
+    limit: int,
+    data: st.DataObject,
+) -> None:
+    state = DecodeState.empty(replace(CAPACITY, batch=4, new_tokens=NEW), EOS_IDS, torch.device("cpu"))
+    state.clear()
+    rows = data.draw(st.permutations(range(4)))[: len(requests)]
+    books = [Books(draft[:limit], limit, 20 + row) for row, (_, draft) in zip(rows, requests, strict=True)]
+    logits = torch.stack([logits_of(choices) for choices, _ in requests])
+    for book, (choices, _), own in zip(books, requests, logits, strict=True):
+        book.begin(choices, own.log_softmax(-1).max(-1).values.tolist())
+    draft = torch.tensor([book.draft + [-1] * (WIDTH - len(book.draft)) for book in books])
+    seq_lens = torch.tensor([book.seq_len for book in books], dtype=torch.int32)
+    accepted = state.begin(torch.tensor(rows), logits, draft, limit, seq_lens, seq_lens - 6)
+    check(state, rows, books)
+    assert all(a == b.accepted for a, b in zip(accepted.tolist(), books, strict=True) if not b.failed)
+
+    for step in steps:
+        logits = logits_of(step)
+        logprobs = logits.log_softmax(-1).max(-1).values.tolist()
+        done = all(book.finished for book in books)
+        before = {field.name: getattr(state, field.name).clone() for field in fields(state)}
+        for row, book in zip(rows, books, strict=True):
+            if not book.finished:
+                book.choose(step[row], logprobs[row])
+        state.choose(logits)
+        check(state, rows, books)
+        moved = {name for name, value in before.items() if not torch.equal(value, getattr(state, name))}
+        assert not done or moved <= {"tokens", "logprobs"}  # of which `check` has looked at what counts
+
+
+def check(state: DecodeState, rows: list[int], books: list[Books]) -> None:
+    for row in {*range(4)} - {*rows}:
+        assert (state.finished[row], state.count[row], state.position[row]) == (True, 0, 0)
+    for row, book in zip(rows, books, strict=True):
+        assert (state.failed[row], state.finished[row]) == (book.failed, book.finished)
+        if not book.failed:
+            count = len(book.answer)
+            assert state.count[row] == count
+            assert state.limit[row] == book.limit
+            assert state.tokens[row, :count].tolist() == book.answer
+            assert state.logprobs[row, :count].tolist() == pytest.approx(book.logprobs, rel=1e-5)
+            assert state.token[row] == book.answer[-1]
+            assert state.position[row] == book.seq_len + count - 1
+            assert state.dropped[row] == 6
