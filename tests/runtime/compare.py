@@ -15,12 +15,13 @@ def assert_same_result(one: SGLResult, other: SGLResult) -> None:
     exact = ("text", "token_ids", "exited", "small_text", "small_token_ids", "accepted_draft")
     assert {name: getattr(one, name) for name in exact} == {name: getattr(other, name) for name in exact}
     for name in ("decision_score", "confidence", "consistency"):
-        assert getattr(one, name) == pytest.approx(getattr(other, name), rel=NEAR)
+        score, expected = getattr(one, name), getattr(other, name)
+        assert score == (None if expected is None else pytest.approx(expected, rel=NEAR))
     torch.testing.assert_close(one.mass, other.mass, rtol=NEAR, atol=0)
     for name in ("kept_index", "kept_visual"):
-        kept, expected = getattr(one, name), getattr(other, name)
-        assert (kept is None) == (expected is None)
-        assert kept is None or torch.equal(kept, expected)
+        kept, wanted = getattr(one, name), getattr(other, name)
+        assert (kept is None) == (wanted is None)
+        assert kept is None or torch.equal(kept, wanted)
 
 
 def assert_same_answer(one: Answer, other: Answer) -> None:
