@@ -17,8 +17,8 @@ _RECOMPILE_LIMIT = 64  # both VLMs compile the same functions, each for every ba
 def whole(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``function`` compiled without a graph break; only dimensions marked as dynamic may differ.
 
-    Compiled code is kept in ``TORCHINDUCTOR_CACHE_DIR``, by default below ``~/.cache/sgl-vlm``, where the next
-    process finds it.
+    Compiled code is kept in ``TORCHINDUCTOR_CACHE_DIR``, by default below ``~/.cache/sgl-vlm``, where the
+    next process finds it.
     """
     os.environ.setdefault(CACHE_VARIABLE, str(Path("~/.cache/sgl-vlm/inductor").expanduser()))
     limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)

@@ -32,8 +32,8 @@ class SGLConfig:
         "both": ``(confidence + consistency) / 2``. "confidence": the confidence alone, without a consistency
         pass.
     draft
-        Verify the small answer inside the large VLM's prefill, where the two share a tokenizer: tokens that it
-        agrees with cost no decode step. Never changes an answer.
+        Verify the small answer inside the large VLM's prefill, where the two share a tokenizer: tokens
+        that it agrees with cost no decode step. Never changes an answer.
     schedule
         "throughput": the large VLM starts when it is known to be needed. "latency": its vision tower and the
         layers before the prune layer run while the small VLM answers, for nothing when that exits. Never

@@ -1,5 +1,5 @@
-"""The language model as our loop runs it. Everything in this file is traced: it branches on shapes and settings
-only, reads no value back, and allocates nothing that outlives a step.
+"""The language model as our loop runs it. Everything in this file is traced: it branches on shapes and
+settings only, reads no value back, and allocates nothing that outlives a step.
 
 A prompt goes through `lower` (layers < K, every token), `draft_rows` (the draft through the same layers, over
 their cache) and `upper` (pruning, the draft joined behind what was kept, layers >= K, logits). An unpruned
@@ -23,7 +23,7 @@ from sgl_runtime.memory import DecodeState, KVCache
 
 @dataclass(frozen=True, eq=False)
 class MassRows:
-    """Where the mass of a prefill goes: text rows (B, R), visual slots (B, N), one (B, N) buffer per layer."""
+    """Where the mass of a prefill goes: text rows (B, R), visual slots (B, N), a (B, N) buffer per layer."""
 
     text_rows: Tensor
     visual_index: Tensor
@@ -114,8 +114,8 @@ class Decoder:
         Returns
         -------
         logits : (B, T + 1, vocabulary), of the last prompt row and the draft's rows
-        kept_index : (B, S_out) int32, original positions of the prompt's rows that are left; ``kept_lens`` count
-        kept_lens : (B,) int32
+        kept_index : (B, S_out) int32, original positions of the prompt's rows that are left; ``kept_lens``
+        count kept_lens : (B,) int32
         """
         out_len = columns.shape[0]
         cos, sin = (
@@ -207,7 +207,7 @@ class Decoder:
         return hidden
 
     def _make_tables(self, length: int) -> None:
-        # Only padding lies beyond the context, and would make a "dynamic" rotary type turn every position anew.
+        # Only padding lies beyond the context; it would make a "dynamic" rotary type turn all positions anew.
         positions = torch.arange(length, device=self._like.device).clamp_max(self._context - 1)
         cos, sin = self._rotary(self._like, positions[None])
         self.cos, self.sin = cos[0], sin[0]
@@ -291,6 +291,6 @@ def _ramp(first: Tensor, count: int) -> Tensor:
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position embedding, half-split layout: states (B, S, heads, D), cos and sin (., S, 1, D)."""
+    """Apply rotary position embedding, half-split: states (B, S, heads, D), cos and sin (B or 1, S, 1, D)."""
     first, second = states.chunk(2, -1)
     return states * cos + torch.cat((-second, first), -1) * sin

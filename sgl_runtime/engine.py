@@ -1,8 +1,8 @@
 """One VLM, and how a batch of requests goes through it, as the host sees it.
 
 `prompt` checks a request, `encode` runs the vision tower, `begin` the decoder layers before the prune layer,
-`answer` the rest of the prefill and the decode loop; `score` grades given answers in one pass. What runs on the
-device is in decoder.py and memory.py; how it is compiled and captured, in steps.py.
+`answer` the rest of the prefill and the decode loop; `score` grades given answers in one pass. What runs
+on the device is in decoder.py and memory.py; how it is compiled and captured, in steps.py.
 
 Requests whose prompts are padded to the same length share a prefill; all of a batch share every decode step.
 """
@@ -33,7 +33,7 @@ _STAGES = {"large": ("large_prefill_full", "large_prefill_pruned")}  # layers < 
 
 @dataclass(frozen=True, eq=False)
 class _Started:
-    """What the prefill of a group said, for `VLM._collect`: kept_index (B, S_kept), kept_lens, accepted (B,)."""
+    """What a group's prefill said, for `VLM._collect`: kept_index (B, S_kept), kept_lens, accepted (B,)."""
 
     group: Group
     kept_index: Tensor | None
@@ -87,7 +87,7 @@ class VLM:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt], clock: Clock | None = None) -> list[Request]:
-        """Run the vision tower over the tiles of all prompts; put their features among the text embeddings."""
+        """Run the vision tower over all prompts' tiles; put the features among the text embeddings."""
         with self._clock(clock).stage(f"{self.name}_vision"):
             tiles = torch.cat([prompt.pixel_values for prompt in prompts])
             features = self.model.image_features(tiles).split([len(p.pixel_values) for p in prompts])
@@ -365,7 +365,7 @@ class VLM:
             self._flag.record(finished)
 
     def _histories(self, groups: list[Group]) -> dict[int, tuple[Any, Tensor, int]]:
-        """Return, where the checkpoint has logits processors, those of each request, its prompt, its tokens."""
+        """Return each request's logits processors, prompt and number of tokens; empty without processors."""
         if not self._has_processors:
             return {}
         counts = self.memory.state.count.tolist()

@@ -53,7 +53,7 @@ class StepGraph:
 
 
 class ShapedGraphs:
-    """A function of tensors, replayed from one graph per shape of them where that measures faster than a call.
+    """A function of tensors, replayed from one graph per shape where that is faster than a call.
 
     Calling the function again with the same tensors must change nothing: the first call of a shape runs it
     several times.

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def bucket(length: int) -> int:
-    """Return the length that ``length`` is padded to: eight a power of two, so at most an eighth is padding."""
+    """Return what ``length`` is padded to: eight lengths a power of two, so at most an eighth is padding."""
     step = max(16, 1 << max(0, (length - 1).bit_length() - 4))
     return -(-length // step) * step
 
@@ -40,7 +40,8 @@ def batch_bucket(batch: int) -> int:
 class Capacity:
     """Slots of a KV cache: `full` in the layers before `prune_layer`, `pruned` in the others.
 
-    `batch` requests share it; `new_tokens` is the longest answer, `visual` the most visual tokens of a prompt.
+    `batch` requests share it; `new_tokens` is the longest answer, `visual` the most visual tokens of a
+    prompt.
     """
 
     batch: int
@@ -72,7 +73,7 @@ class KVCache:
         self._every_row = torch.arange(keys[0].shape[0], device=keys[0].device)
 
     def fill(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
-        """Write prompts' keys and values (B, kv_heads, S, head_dim) from slot 0 of cache rows ``rows`` (B,)."""
+        """Write prompts' k and v (B, kv_heads, S, head_dim) from slot 0 of cache rows ``rows`` (B,)."""
         self.keys[layer][:, :, : k.shape[2]].index_copy_(0, rows, k)
         self.values[layer][:, :, : v.shape[2]].index_copy_(0, rows, v)
 
@@ -211,7 +212,7 @@ class DecodeState:
 
 
 class Memory:
-    """The KV allocation and decode state of one VLM. It grows when a run needs more, and is then made anew."""
+    """The KV allocation and decode state of one VLM; made anew, larger, when a run needs more."""
 
     def __init__(
         self,
@@ -267,10 +268,7 @@ class Memory:
         return True
 
     def _allocate(self, need: int, capacity: Capacity) -> None:
-        for name in (
-            "cache",
-            "state",
-        ):  # the old memory goes, with all that looks into it, before the new comes
+        for name in ("cache", "state"):  # they hold on to the old memory, which goes before the new comes
             vars(self).pop(name, None)
         self._storage = self._storage.new_empty(0)
         free = free_memory(self.device)
@@ -280,10 +278,10 @@ class Memory:
         )
         if need > free:
             raise MemoryLimitError(
-                f"The {self.name} VLM's keys and values need {need / 2**30:.2f} GiB for {capacity.batch} requests "
-                f"of up to {capacity.full} tokens ({capacity.pruned} in layers from {capacity.prune_layer} on, of "
-                f"{self.num_layers}), but {self.device} has {free / 2**30:.2f} GiB free. Lower max_batch, "
-                "max_prompt_tokens, max_text_tokens or max_new_tokens."
+                f"The {self.name} VLM's keys and values need {need / 2**30:.2f} GiB for {capacity.batch} "
+                f"requests of up to {capacity.full} tokens ({capacity.pruned} in layers from "
+                f"{capacity.prune_layer} on, of {self.num_layers}), but {self.device} has {free / 2**30:.2f} GiB "
+                "free. Lower max_batch, max_prompt_tokens, max_text_tokens or max_new_tokens."
             )
         self._storage = self._storage.new_empty(need // self._storage.element_size())
 

@@ -46,8 +46,8 @@ class Task(Generic[T]):
 class Worker:
     """Runs one task at a time beside the caller.
 
-    The thread is made with the first task. A task starts after what the caller has launched before, so tensors
-    that it leaves behind are not overwritten under the caller's hands.
+    The thread is made with the first task. A task starts after what the caller has launched before, so
+    tensors that it leaves behind are not overwritten under the caller's hands.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """The pipeline: the small VLM guides; its answer is final, or the pruned large VLM gives one.
 
-A batch goes through the small VLM together; requests that exit leave, and the others go on through the large VLM
-as one batch. A single request is a batch of one. A request that fails leaves, and the others go on.
+A batch goes through the small VLM together; requests that exit leave, and the others go on through the
+large VLM as one batch. A single request is a batch of one. A request that fails leaves, and the others go on.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ class SGLPipeline:
     def _run(
         self, inputs: list[tuple[Inputs, Inputs]], errors: dict[int, SGLError], clock: Clock
     ) -> tuple[list[SGLResult | None], dict[int, SGLError]]:
-        """Answer what has no error yet; return one result per request, and the errors of those without one."""
+        """Answer what has no error yet; return a result per request, and the errors of those without one."""
         checked: dict[int, tuple[Prompt, Prompt]] = {}
         for number, (small_inputs, large_inputs) in enumerate(inputs):
             if number not in errors:

@@ -150,7 +150,7 @@ class Group:
         return torch.cat([pad(rows, (0, width - rows.shape[1]), value=-1) for rows in text])
 
     def padded_draft(self, drafts: Mapping[int, Sequence[int]]) -> Tensor:
-        """Return the members' drafts, (B, T + 1) int64, padded with -1: T rows to feed, one more to verify."""
+        """Return the members' drafts, (B, T + 1) int64, padded with -1: T to feed, one more to verify."""
         width = draft_bucket(max(len(drafts[member]) for member in self.members) - 1) + 1
         padded = [[*drafts[member], *[-1] * (width - len(drafts[member]))] for member in self.members]
         return torch.tensor(padded, device=self.rows.device)

@@ -1,8 +1,9 @@
-"""How the two VLMs take turns on a batch: small first, or side by side; who exits; what the large one is given.
+"""How the two VLMs take turns on a batch: small first, or side by side; who exits; what the large one is
+given.
 
 `schedule="throughput"` begins the large VLM's work when it is known to be needed, for those requests alone.
-`schedule="latency"` begins it for all of them in a worker, as far as it goes without guidance, and drops it when
-nobody needs it. What is computed is the same.
+`schedule="latency"` begins it for all of them in a worker, as far as it goes without guidance, and drops
+it when nobody needs it. What is computed is the same.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ class Runner:
                 limit = getattr(self.config, setting)
                 if count > limit:
                     raise PromptError(
-                        f"The {vlm.name} VLM's prompt has {count} {what}, but {setting} is {limit}. Raise it, "
-                        "which takes more memory, or shorten the prompt."
+                        f"The {vlm.name} VLM's prompt has {count} {what}, but {setting} is {limit}. Raise "
+                        "it, which takes more memory, or shorten the prompt."
                     )
         return small, large
 

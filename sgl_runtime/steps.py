@@ -1,7 +1,7 @@
 """How the decoder's traced functions are run: as they are or compiled, called or replayed from CUDA graphs.
 
-A decode step reads and writes static memory only, so one graph per batch bucket holds all of it: layers, mass,
-choice of the token, end-of-sequence bookkeeping. A prefill's graph, where it pays, is one per padded length.
+A decode step reads and writes static memory only, so one graph per batch bucket holds all of it: layers,
+mass, choice of the token, end-of-sequence bookkeeping. A prefill has, where it pays, one per padded length.
 """
 
 from __future__ import annotations
