@@ -280,8 +280,8 @@ class Memory:
             raise MemoryLimitError(
                 f"The {self.name} VLM's keys and values need {need / 2**30:.2f} GiB for {capacity.batch} "
                 f"requests of up to {capacity.full} tokens ({capacity.pruned} in layers from "
-                f"{capacity.prune_layer} on, of {self.num_layers}), but {self.device} has {free / 2**30:.2f} GiB "
-                "free. Lower max_batch, max_prompt_tokens, max_text_tokens or max_new_tokens."
+                f"{capacity.prune_layer} on, of {self.num_layers}), but {self.device} has "
+                f"{free / 2**30:.2f} GiB free. Lower max_batch, max_prompt_tokens, max_text_tokens or max_new_tokens."
             )
         self._storage = self._storage.new_empty(need // self._storage.element_size())
 
