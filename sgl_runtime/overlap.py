@@ -75,11 +75,11 @@ class Worker:
     def join(self) -> None:
         """Wait until nothing is under way, whatever became of it."""
         if self._last is not None:
-            task, self._last = self._last, None
-            assert task._future is not None
-            task._future.exception()
-            if task._event is not None:
-                torch.cuda.current_stream(self._device).wait_event(task._event)
+            assert self._last._future is not None
+            self._last._future.exception()
+            if self._last._event is not None:
+                torch.cuda.current_stream(self._device).wait_event(self._last._event)
+            self._last = None  # not before, or an interrupt of the wait would be the end of it
 
     def _run(self, work: Callable[[Task[T]], T], task: Task[T]) -> T:
         if self._stream is None:
