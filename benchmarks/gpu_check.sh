@@ -2,20 +2,24 @@
 # Everything that needs a GPU, on a machine with no network: builds in place, tests both backends, measures.
 #
 #   benchmarks/gpu_check.sh                      all steps, within ten minutes on an H200
-#   benchmarks/gpu_check.sh build correctness    some of: build correctness graphs sanitizer bench
+#   benchmarks/gpu_check.sh build pipeline       some of: build correctness graphs sanitizer bench pipeline;
+#                                                pipeline, which fills ten minutes alone, only when it is named
 #   benchmarks/gpu_check.sh --dry-run            as far as a machine without a GPU goes: builds and tests are
 #                                                named, every benchmark case runs at a tiny size on the CPU
 #
 # Results go to $OUT (default runs/gpu_check). A step that fails does not stop the next; the exit status is the
 # number of failed commands. No setting of the GPU is touched. Also read from the environment: PYTHON,
-# BACKENDS ("cuda triton"), SECONDS_IN_ALL (580), SGL_COMMIT (where git is missing). Wheels in .whl/ are used.
+# BACKENDS ("cuda triton"), PAIRS (of the pipeline), SECONDS_IN_ALL (580), SGL_COMMIT (where git is missing).
+# Wheels in .whl/ are used.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-STEPS=(build correctness graphs sanitizer bench)
+USUAL=(build correctness graphs sanitizer bench)
+STEPS=("${USUAL[@]}" pipeline)
 OUT=${OUT:-runs/gpu_check}
 PYTHON=${PYTHON:-python3}
 BACKENDS=${BACKENDS:-cuda triton}
+PAIRS=${PAIRS:-internvl3-1b-14b internvl2-2b-26b qwen2.5-vl-3b-32b}
 SECONDS_IN_ALL=${SECONDS_IN_ALL:-580}
 DRY=false
 CHOSEN=()
@@ -34,7 +38,10 @@ for word in "$@"; do
         exit 2
     fi
 done
-[[ ${#CHOSEN[@]} -gt 0 ]] || CHOSEN=("${STEPS[@]}")
+if [[ ${#CHOSEN[@]} -eq 0 ]]; then
+    CHOSEN=("${USUAL[@]}")
+    if $DRY; then CHOSEN=("${STEPS[@]}"); fi
+fi
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 : >"$OUT/summary.txt"
@@ -95,6 +102,7 @@ correctness() {
     for backend in $BACKENDS; do
         pytest_on_gpu 150 "$backend" "${OPS[@]}"
     done
+    pytest_on_gpu 60 "" tests/runtime/test_{attention,clock}.py
 }
 
 graphs() {
@@ -128,6 +136,18 @@ bench() {
     done
     [[ ${#documents[@]} -gt 0 ]] || return 1
     "$PYTHON" -m benchmarks.gpu_ops report "${documents[@]}" --out "$OUT/gpu_ops.md" || FAILED=$((FAILED + 1))
+}
+
+# The pairs in turn; each is written to $OUT as soon as it is measured.
+pipeline() {
+    local pair words=()
+    if $DRY; then
+        run pipeline.log 300 "$PYTHON" -m benchmarks.pipeline --pair tiny --device cpu --turns 1 --out "$OUT"
+        return
+    fi
+    for pair in $PAIRS; do words+=(--pair "$pair"); done
+    run pipeline.log "$SECONDS_IN_ALL" "$PYTHON" -m benchmarks.pipeline "${words[@]}" --device cuda \
+        --batch 1 --batch 4 --batch 16 --limit 280 --out "$OUT"
 }
 
 if compgen -G ".whl/*.whl" >/dev/null && ! $DRY; then

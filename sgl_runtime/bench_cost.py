@@ -1,4 +1,4 @@
-"""Operations and bytes that a VLM cannot do without, counted from its configuration: the design, section 6."""
+"""Operations and bytes that a VLM cannot do without, from its configuration: the design, section 6."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ of the small one's draft, as in a family.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ class Pair:
     name: str
     small: Any
     large: Any
-    requests: list[tuple[Inputs, Inputs]]
+    requests: Sequence[tuple[Inputs, Inputs]]
     new_tokens: int
     note: str
 

@@ -179,8 +179,9 @@ class Sides:
         with clock.stage("consistency"):
             prunes = self._prunes(0, config.consistency_keep_ratio)
             self.pipe.small.score(prefix, prunes, dict(enumerate(small_ids)))
-        prunes = self._prunes(self.pipe.prune_layer, config.keep_ratio)
-        prefix = self._begin_large(clock, self.pipe.prune_layer, [p.num_keep for p in prunes.values()])
+        layer = config.layer_of(self.pipe.large.num_layers)
+        prunes = self._prunes(layer, config.keep_ratio)
+        prefix = self._begin_large(clock, layer, [prune.num_keep for prune in prunes.values()])
         answers = self.pipe.large.answer(prefix, prunes=prunes, clock=clock)
         return Outcome(_token_ids(answers), clock.seconds, small_ids)
 

@@ -186,9 +186,9 @@ def table(document: Mapping[str, Any]) -> str:
     lines = [
         f"{pair['name']}: {sizes}; {pair['visual_tokens']} visual of {pair['prompt_tokens']} prompt tokens, "
         f"up to {pair['new_tokens']} new{'; ' if pair['note'] else ''}{pair['note']}.",
-        f"{where['device']}, {task['dtype']}, {where['threads']} threads, compile={task['compile']}, attention "
-        f"{where['attention']}; a copy moves {limit['copy_bytes_per_s'] / 1e9:.1f} GB/s, a matrix product does "
-        f"{limit['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s.",
+        f"{where['device']}, {task['dtype']}, {where['threads']} threads, compile={task['compile']}, "
+        f"attention {where['attention']}; a copy moves {limit['copy_bytes_per_s'] / 1e9:.1f} GB/s, a matrix "
+        f"product does {limit['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s.",
         f"Token ratio {document['token_ratio']:.0%}; faster than the large VLM alone by at most "
         f"{bounds['series']:.2f}x in series, {bounds['hidden']:.2f}x hidden, at equal operations per second.",
     ]

@@ -133,11 +133,11 @@ def run(
 
 
 @app.command(
-    epilog="Example: sgl-vlm bench --op decode_attention --shape B=4,S=8192,N=7168 "
-    "--backend cuda,triton,torch"
+    epilog="Examples: sgl-vlm bench --op decode_attention --shape B=4,S=8192,N=7168 "
+    "--backend cuda,triton,torch; sgl-vlm bench --pipeline --pair mid"
 )
 def bench(
-    op: Annotated[str, typer.Option(help="The op, for example decode_attention.")],
+    op: Annotated[str | None, typer.Option(help="The op, for example decode_attention.")] = None,
     shape: Annotated[
         list[str] | None,
         typer.Option(help="B=4,S=8192,...: may be given several times; what it leaves out has a default."),
@@ -148,16 +148,44 @@ def bench(
             help="Some of cpu, cuda, triton, reference, torch; what is active and torch if not given."
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    pipeline: Annotated[
+        bool, typer.Option("--pipeline", help="Time the whole pipeline instead of an op.")
+    ] = False,
+    pair: Annotated[
+        str,
+        typer.Option(help="--pipeline: tiny, mid, internvl3-1b-14b, internvl2-2b-26b or qwen2.5-vl-3b-32b."),
+    ] = "tiny",
+    batch: Annotated[
+        list[int] | None, typer.Option(help="--pipeline: requests at once; may be given several times.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16; bfloat16 if not given, on the CPU's pipeline float32."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Time the ops on your own shapes, beside stock torch and the bandwidth of a copy."""
-    _kernels()
-    from sgl_runtime import bench as benchmark
+    """Time an op on your own shapes, beside stock torch and the bandwidth of a copy; or the whole pipeline,
+    beside the research code's way of running it."""
+    from sgl_runtime.errors import ConfigError
 
-    document = benchmark.run(benchmark.make_task(op, shape or [], backend, dtype, device))
-    typer.echo(json.dumps(document, default=str) if as_json else benchmark.table(document))
+    if pipeline == (op is not None):
+        raise ConfigError("sgl-vlm bench times an op (--op NAME) or the pipeline (--pipeline): give one.")
+    _kernels()
+    if op is None:
+        from sgl_runtime import bench_pipeline, bench_report
+
+        task = bench_pipeline.make_task(pair, device, dtype or "auto", batches=batch or [1])
+        document = bench_pipeline.run(task)
+        text = bench_report.table(document)
+    else:
+        from sgl_runtime import bench as benchmark
+
+        document = benchmark.run(benchmark.make_task(op, shape or [], backend, dtype or "bfloat16", device))
+        text = benchmark.table(document)
+    typer.echo(json.dumps(document, default=str) if as_json else text)
 
 
 @app.command(epilog="Example: sgl-vlm env --json")

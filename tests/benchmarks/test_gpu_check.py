@@ -52,7 +52,7 @@ def test_dry_run(tmp_path):
     done = run([SCRIPT, "--dry-run"], OUT=str(tmp_path / "out"), PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
-    assert [line.split()[0] for line in lines if "python" in line] == ["ok"] * 2
+    assert [line.split()[0] for line in lines if "python" in line] == ["ok"] * 3
     assert done.stdout.count("would run: env SGL_KERNELS_BACKEND=triton SGL_TEST_DEVICE=cuda") == 2
     document = json.loads((tmp_path / "out" / "gpu_ops.cuda.json").read_text())
     assert document["environment"]["commit"] == "made-up"
@@ -75,6 +75,13 @@ def test_dry_run(tmp_path):
             assert target["met"] == (target["us"] <= target["limit_us"])
     table = (tmp_path / "out" / "gpu_ops.md").read_text()
     assert table.count("\n| cpu | ") == sum(len(case["targets"]) for case in cases)
+    measured = json.loads((tmp_path / "out" / "pipeline_cpu.json").read_text())
+    assert measured["environment"]["commit"] == "made-up"
+    assert measured["failed"] == []
+    (pair,) = measured["pairs"]
+    assert pair["pair"]["name"] == "tiny"
+    assert pair["differences"] == []
+    assert all(row["peak_bytes"] is None or row["peak_bytes"] > 0 for row in pair["results"])
     assert len(list((tmp_path / "out").iterdir())) <= 8  # what a lent machine hands back
 
 
@@ -89,10 +96,10 @@ def test_a_step_that_fails_does_not_stop_the_next(tmp_path):
     python.write_text("#!/bin/sh\necho 3 calls on nothing\nexit 3\n")
     python.chmod(0o755)
     done = run([SCRIPT, "--dry-run"], OUT=str(tmp_path / "out"), PYTHON=str(python))
-    assert done.returncode == 2  # the sanitizer's driver and the benchmark
-    assert done.stdout.count("FAILED (3)") == 2
-    assert done.stdout.count("    3 calls on nothing") == 2
-    assert "== 2 failed" in done.stdout
+    assert done.returncode == 3  # the sanitizer's driver, the benchmarks of the ops and of the pipeline
+    assert done.stdout.count("FAILED (3)") == 3
+    assert done.stdout.count("    3 calls on nothing") == 3
+    assert "== 3 failed" in done.stdout
 
 
 @pytest.mark.parametrize("word", ["benhc", "--dryrun"])

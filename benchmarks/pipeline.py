@@ -1,0 +1,126 @@
+"""Measures the whole pipeline against the research code's way, pair by pair, and says which targets are met.
+
+    python -m benchmarks.pipeline --pair tiny --pair mid --out benchmarks/results
+    python -m benchmarks.pipeline --pair internvl3-1b-14b --batch 1 --batch 16 --ratio 0.4 --ratio 0.2
+
+Each pair and ratio runs in a process of its own, so that one that fails does not take the others with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provenance import environment
+from sgl_runtime import bench_pairs, bench_pipeline
+from sgl_runtime.bench_report import TITLES, table
+from sgl_runtime.files import whole_file
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pair", action="append", choices=bench_pairs.NAMES, help="default: tiny and mid")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--batch", action="append", type=int, help="default: 1; may be given several times")
+    parser.add_argument(
+        "--ratio", action="append", type=float, help="keep ratio and prune layer; default: 0.2"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile on the CPU too")
+    parser.add_argument("--turns", type=int)
+    parser.add_argument("--limit", type=float, help="seconds for one pair at one ratio")
+    parser.add_argument(
+        "--out", type=Path, help="directory for pipeline_cpu.* or pipeline_cuda.*, json and md"
+    )
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.task:
+        json.dump(
+            bench_pipeline.run(bench_pipeline.Task(**json.loads(options.task))), sys.stdout, default=str
+        )
+        return 0
+
+    tasks = [
+        bench_pipeline.make_task(
+            pair,
+            options.device,
+            "auto",
+            batches=options.batch or [1],
+            keep_ratio=ratio,
+            compile=True if options.compile else "auto",
+            turns=options.turns,
+        )
+        for pair in options.pair or ["tiny", "mid"]
+        for ratio in options.ratio or [0.2]
+    ]
+    device = tasks[0].device
+    document: dict[str, Any] = {"environment": environment(device), "pairs": [], "failed": []}
+    for task in tasks:
+        measured = measure(task, options.limit)
+        if isinstance(measured, str):
+            document["failed"].append(measured)
+            print(measured, file=sys.stderr)
+        else:
+            document["pairs"].append(measured)
+            print(table(measured), end="\n\n")
+        if options.out:
+            write(options.out, f"pipeline_{device}", document)
+    return 1 if document["failed"] or disagreements(document) else 0
+
+
+def measure(task: bench_pipeline.Task, limit: float | None) -> dict[str, Any] | str:
+    """The document of `bench_pipeline.run`, or what went wrong."""
+    name = f"{task.pair} at ratio {task.keep_ratio}"
+    command = [sys.executable, "-m", "benchmarks.pipeline", "--task", json.dumps(dataclasses.asdict(task))]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return f"{name}: not finished after {limit:g} s"
+    if done.returncode != 0:
+        return f"{name}: exit status {done.returncode}, see above"
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def disagreements(document: dict[str, Any]) -> list[str]:
+    """Differences between sides where rounding does not excuse them: in float32."""
+    return [
+        words
+        for pair in document["pairs"]
+        if pair["task"]["dtype"] == "float32"
+        for words in pair["differences"]
+    ]
+
+
+def write(directory: Path, name: str, document: dict[str, Any]) -> None:
+    for suffix, text in ((".json", json.dumps(document, indent=1, default=str)), (".md", markdown(document))):
+        with whole_file(directory / f"{name}{suffix}") as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """Where it was measured, what to make of the words, and each pair's table as printed."""
+    where = document["environment"]
+    device = where.get("gpu", {}).get("name", where["cpu"])
+    lines = [
+        f"{device}, torch {where['torch']}, commit {where['commit']}, {where['date']}. Medians, in "
+        "milliseconds; what targets compare is the median of the ratios within a turn. `decode GB/s` is that "
+        "of the small VLM, of the large one in side 6, and its share of a copy's; `peak MB` is what a side "
+        "needs beyond the weights; `accepted` are draft tokens taken over, of those answered.",
+        "",
+        f"Sides: {'; '.join(TITLES.values())}.",
+    ]
+    for pair in document["pairs"]:
+        lines += ["", "```", table(pair), "```"]
+    lines += [f"\nFailed: {words}." for words in document["failed"]]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
