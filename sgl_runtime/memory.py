@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 
 def bucket(length: int) -> int:
-    """Return what ``length`` is padded to: eight lengths a power of two, so at most an eighth is padding."""
-    step = max(16, 1 << max(0, (length - 1).bit_length() - 4))
+    """Return what ``length`` is padded to: one of sixteen lengths a power of two, so a sixteenth at most."""
+    step = max(16, 1 << max(0, (length - 1).bit_length() - 5))
     return -(-length // step) * step
 
 
@@ -281,7 +281,8 @@ class Memory:
                 f"The {self.name} VLM's keys and values need {need / 2**30:.2f} GiB for {capacity.batch} "
                 f"requests of up to {capacity.full} tokens ({capacity.pruned} in layers from "
                 f"{capacity.prune_layer} on, of {self.num_layers}), but {self.device} has "
-                f"{free / 2**30:.2f} GiB free. Lower max_batch, max_prompt_tokens, max_text_tokens or max_new_tokens."
+                f"{free / 2**30:.2f} GiB free. Lower max_batch, max_prompt_tokens, max_text_tokens or "
+                "max_new_tokens."
             )
         self._storage = self._storage.new_empty(need // self._storage.element_size())
 

@@ -302,8 +302,7 @@ class SGLPipeline:
                 except SGLError as error:
                     errors[number] = error
         results: list[SGLResult | None] = [None] * len(inputs)
-        outcomes = self._runner.run(list(checked.values()), clock) if checked else []
-        timings = clock.seconds
+        outcomes, timings = self._runner.run(list(checked.values()), clock) if checked else ([], {})
         for (number, (_, prompt)), outcome in zip(checked.items(), outcomes, strict=True):
             if isinstance(outcome, SGLError):
                 errors[number] = outcome

@@ -92,8 +92,8 @@ class Runner:
                 "or raise max_batch, which takes more memory."
             )
 
-    def run(self, batch: list[Pair], clock: Clock) -> list[Outcome | SGLError]:
-        """Answer checked requests; one can fail alone.
+    def run(self, batch: list[Pair], clock: Clock) -> tuple[list[Outcome | SGLError], dict[str, float]]:
+        """Answer checked requests; one can fail alone. Return what became of each, and seconds per stage.
 
         Raises
         ------
@@ -148,29 +148,34 @@ class Runner:
             )
         self._run([self.prompts(*inputs)] * count, Clock(self.large.model.device))
 
-    def _run(self, batch: list[Pair], clock: Clock) -> list[Outcome | SGLError]:
+    def _run(self, batch: list[Pair], clock: Clock) -> tuple[list[Outcome | SGLError], dict[str, float]]:
         large_prompts = [large for _, large in batch]
-        ahead = None
+        # Reading a clock waits for the stages it timed: after an exit nobody shall wait for the large VLM.
+        large_clock, ahead = Clock(self.large.model.device), None
         # Processes that share the large VLM must launch the same collectives, whoever exits.
         if self.config.schedule == "latency" and not self._shared:
             read = [tensor for prompt in large_prompts for tensor in (prompt.input_ids, prompt.pixel_values)]
-            ahead = self._worker.start(lambda task: self._begin_large(large_prompts, clock, task), read)
+            ahead = self._worker.start(lambda task: self._begin_large(large_prompts, large_clock, task), read)
         try:
             guidance = self._guide([small for small, _ in batch], clock)
             staying = {i: g for i, g in enumerate(guidance) if isinstance(g, Guidance) and not self._exits(g)}
             answers: dict[int, Answer] = {}
             if staying and ahead is not None:
-                answers = self._answer_large(ahead.result(), large_prompts, staying, clock)
+                answers = self._answer_large(ahead.result(), large_prompts, staying, large_clock)
             elif staying:
                 self._worker.join()
                 left = [large_prompts[i] for i in staying]
                 asked = dict(enumerate(staying.values()))
-                found = self._answer_large(self._begin_large(left, clock), left, asked, clock)
+                prefix = self._begin_large(left, large_clock)
+                found = self._answer_large(prefix, left, asked, large_clock)
                 answers = {number: found[at] for at, number in enumerate(staying)}
         finally:
             if ahead is not None:
                 ahead.discard()
-        return [g if isinstance(g, SGLError) else _outcome(g, answers.get(i)) for i, g in enumerate(guidance)]
+        outcomes = [
+            g if isinstance(g, SGLError) else _outcome(g, answers.get(i)) for i, g in enumerate(guidance)
+        ]
+        return outcomes, clock.seconds | (large_clock.seconds if answers else {})
 
     def _guide(self, prompts: list[Prompt], clock: Clock) -> list[Guidance | SGLError]:
         self._reserve(self.small)
