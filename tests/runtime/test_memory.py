@@ -45,11 +45,11 @@ def requests_of(engine: VLM, *layouts: str) -> list[Request]:
 def test_bucket(length: int) -> None:
     assert length <= bucket(length) <= bucket(length + 1)
     assert bucket(bucket(length)) == bucket(length)
-    assert bucket(length) - length <= max(15, length / 8)
+    assert bucket(length) - length <= max(15, length / 16)
 
 
 def test_buckets_are_few() -> None:
-    assert len({bucket(length) for length in range(1, 4097)}) == 8 + 5 * 8
+    assert len({bucket(length) for length in range(1, 4097)}) == 2 * 16 + 3 * 16
 
 
 @given(st.integers(0, 5000))

@@ -106,8 +106,10 @@ def test_an_exit_neither_waits_nor_begins_layers(pipe: SGLPipeline, monkeypatch:
         before(patch, pipe.large, "encode", lambda: (started.set(), wait(released)))
         before(patch, pipe.large, "begin", lambda: calls.append("begin"))
         before(patch, pipe.small, "answer", lambda: wait(started))
-        result = record(leaving)  # and returns, though the vision tower has not
-        assert result["exited"]
+        inputs = slow.make_inputs(LAYOUTS[0])
+        result = leaving.generate(inputs, inputs)  # and returns, though the vision tower has not
+        assert result.exited
+        assert not any(stage.startswith("large") for stage in result.timings)
         task = pipe._worker._last
         released.set()
         assert isinstance(task._future.exception(SOON), Cancelled)
