@@ -1,4 +1,4 @@
-"""Enough of CUDA graphs for a CPU: what a captured function does is recorded, undone and redone at each replay.
+"""Enough of CUDA graphs for a CPU: what a captured function does is recorded, undone and redone by replays.
 
 What holds on a GPU holds here: a capture changes nothing; a replay reads and writes the tensors of the
 capture, whatever the Python objects around them have become; values that Python computed stay as they were;
