@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from pathlib import Path
@@ -117,6 +118,9 @@ def run(
             _check_target(save_map)
     opened = [open_image(path) for path in image]  # before the models, which may take minutes to load
     options = {"device": device, "dtype": dtype, "quantize": quantize, "tensor_parallel": tensor_parallel}
+    if parallel.is_first():  # tells the memory that is taken, on stderr
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("sgl_runtime").setLevel(logging.INFO)
     pipe = _pipeline(small, large, config, **options)
     result = pipe(opened, prompt)
     parallel.leave()
@@ -217,6 +221,8 @@ def _config(keep_ratio: float, prune_layer: str, exit_threshold: float | None, m
         prune_layer=layer,
         exit_threshold=exit_threshold,
         max_new_tokens=max_new_tokens,
+        compile=False,  # takes longer than the few questions of one command
+        max_batch=1,
     )
 
 

@@ -273,8 +273,8 @@ class Memory:
         self._storage = self._storage.new_empty(0)
         free = free_memory(self.device)
         log.info(
-            "%s VLM: %.2f GiB for keys and values of %d requests of up to %d tokens; %s has %.2f GiB free",
-            *(self.name, need / 2**30, capacity.batch, capacity.full, self.device, free / 2**30),
+            "%s VLM: %.0f MiB for keys and values, batches of up to %d, %d tokens each; %s has %.0f MiB free",
+            *(self.name, need / 2**20, capacity.batch, capacity.full, self.device, free / 2**20),
         )
         if need > free:
             raise MemoryLimitError(
