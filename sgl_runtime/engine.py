@@ -28,6 +28,8 @@ from sgl_runtime.memory import Capacity, KVCache, Memory, batch_bucket, bucket, 
 from sgl_runtime.requests import Answer, Group, Prefix, Prompt, Prune, Request, make_groups, make_prompt
 from sgl_runtime.steps import Steps
 
+# Tiles in one pass of the vision tower. A CPU is no faster with more, and needs memory for each.
+_TILES_TOGETHER = {"cpu": 1, "cuda": 16}
 _STAGES = {"large": ("large_prefill_full", "large_prefill_pruned")}  # layers < K, layers >= K
 
 
@@ -90,8 +92,10 @@ class VLM:
         """Run the vision tower over all prompts' tiles; put the features among the text embeddings."""
         with self._clock(clock).stage(f"{self.name}_vision"):
             tiles = torch.cat([prompt.pixel_values for prompt in prompts])
-            features = self.model.image_features(tiles).split([len(p.pixel_values) for p in prompts])
-            return [self._embed(p, found.flatten(0, 1)) for p, found in zip(prompts, features, strict=True)]
+            together = _TILES_TOGETHER[tiles.device.type]
+            found = torch.cat([self.model.image_features(some) for some in tiles.split(together)])
+            features = found.split([len(prompt.pixel_values) for prompt in prompts])
+            return [self._embed(p, own.flatten(0, 1)) for p, own in zip(prompts, features, strict=True)]
 
     @torch.no_grad()
     def begin(

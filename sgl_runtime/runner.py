@@ -100,10 +100,13 @@ class Runner:
         MemoryLimitError
             Memory ran out. The next call starts afresh.
         """
-        if self.small.steps.compiled and not self._warm:
-            self.warm_up()
-        with self._memory_errors(len(batch)):
-            return self._run(batch, clock)
+        device = self.large.model.device.type
+        # The caller's modes are not ours: compiled code would be compiled anew in each of them.
+        with torch.inference_mode(False), torch.autocast(device, enabled=False):
+            if self.small.steps.compiled and not self._warm:
+                self.warm_up()
+            with self._memory_errors(len(batch)):
+                return self._run(batch, clock)
 
     def warm_up(self) -> None:
         """Set all memory aside, compile and capture what any request can need, and show how far it is."""

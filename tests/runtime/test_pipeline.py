@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -246,8 +247,14 @@ def test_typing_marker_ships() -> None:
     assert (Path(sgl_runtime.__file__).parent / "py.typed").is_file()
 
 
-def test_inference_mode_does_not_poison_later_requests(bare: SGLPipeline) -> None:
-    inputs = slow.make_inputs(seed=4)
-    with torch.inference_mode():
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, partial(torch.autocast, "cpu", torch.bfloat16), torch.enable_grad], ids=str
+)
+def test_the_callers_modes_change_nothing(bare: SGLPipeline, mode: Any) -> None:
+    with mode():
+        inputs = slow.make_inputs(seed=4)
         first = bare.generate(inputs, inputs)
-    assert bare.generate(inputs, inputs).token_ids == first.token_ids
+    after = bare.generate(inputs, inputs)
+    assert after.token_ids == first.token_ids
+    assert torch.equal(after.mass, first.mass)
+    assert not first.mass.is_inference()
