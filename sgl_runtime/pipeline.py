@@ -302,12 +302,13 @@ class SGLPipeline:
                 except SGLError as error:
                     errors[number] = error
         results: list[SGLResult | None] = [None] * len(inputs)
-        outcomes, timings = self._runner.run(list(checked.values()), clock) if checked else ([], {})
-        for (number, (_, prompt)), outcome in zip(checked.items(), outcomes, strict=True):
-            if isinstance(outcome, SGLError):
-                errors[number] = outcome
-            else:
-                results[number] = self._result(outcome, prompt, timings)
+        with self._runner.own_modes():
+            outcomes, timings = self._runner.run(list(checked.values()), clock) if checked else ([], {})
+            for (number, (_, prompt)), outcome in zip(checked.items(), outcomes, strict=True):
+                if isinstance(outcome, SGLError):
+                    errors[number] = outcome
+                else:
+                    results[number] = self._result(outcome, prompt, timings)
         return results, errors
 
     def _result(self, outcome: Outcome, prompt: Prompt, timings: dict[str, float]) -> SGLResult:

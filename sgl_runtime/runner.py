@@ -100,18 +100,15 @@ class Runner:
         MemoryLimitError
             Memory ran out. The next call starts afresh.
         """
-        device = self.large.model.device.type
-        # The caller's modes are not ours: compiled code would be compiled anew in each of them.
-        with torch.inference_mode(False), torch.autocast(device, enabled=False):
-            if self.small.steps.compiled and not self._warm:
-                self.warm_up()
-            with self._memory_errors(len(batch)):
-                return self._run(batch, clock)
+        if self.small.steps.compiled and not self._warm:
+            self.warm_up()
+        with self._memory_errors(len(batch)):
+            return self._run(batch, clock)
 
     def warm_up(self) -> None:
         """Set all memory aside, compile and capture what any request can need, and show how far it is."""
         self._warm = True
-        with self._memory_errors(self.config.max_batch):
+        with self.own_modes(), self._memory_errors(self.config.max_batch):
             self._worker.join()
             self._reserve(self.small)
             self._reserve(self.large)
@@ -136,6 +133,12 @@ class Runner:
                 bar.set_postfix_str(name)
                 with torch.no_grad():
                     job()
+
+    @contextmanager
+    def own_modes(self) -> Iterator[None]:
+        """Leave the caller's inference mode and autocast: code would be compiled anew for each of them."""
+        with torch.inference_mode(False), torch.autocast(self.large.model.device.type, enabled=False):
+            yield
 
     def _try_out(self, count: int) -> None:
         """Answer a made-up request, ``count`` times in one batch."""
