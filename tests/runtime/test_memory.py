@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass, fields, replace
 from dataclasses import field as dataclass_field
 from typing import Any
@@ -195,10 +196,13 @@ def test_pipelines_set_aside_what_their_settings_allow() -> None:
 def spoil(engine: VLM) -> None:
     """Overwrite everything that a run leaves behind."""
     engine.memory._storage.fill_(torch.nan)
-    state = engine.memory.state
+    spoil_state(engine.memory.state)
+
+
+def spoil_state(state: DecodeState) -> None:
     for name, value in (("tokens", 77), ("logprobs", torch.nan), ("mass", torch.nan), ("visual_index", 3)):
         getattr(state, name).fill_(value)
-    for name, value in (("token", 5), ("position", 9), ("dropped", 2), ("count", 4), ("limit", 1)):
+    for name, value in (("token", 5), ("position", 9), ("dropped", 2), ("count", 1), ("limit", 50)):
         getattr(state, name).fill_(value)
     state.failed.fill_(True)
     state.finished.fill_(False)
@@ -237,6 +241,26 @@ def test_stale_memory_never_shows(engine: VLM, layer: int | None, draft: str | N
     before = run(drafts)
     spoil(engine)
     assert run(drafts) == before
+
+
+def test_what_was_interrupted_does_not_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three requests are decoded in four rows, and the fourth is still in the midst of a long answer."""
+    model = slow.make_model("qwen3", seed=1)
+    model.generation_config.eos_token_id = [*range(0, slow.VOCAB, 5)]
+    engine = VLM(model, "large")
+    requests = requests_of(engine, *["tIttt", "tItIttt", "tttIt"] * 4)
+    length = {request: len(engine.generate(request, 40).token_ids) for request in requests}
+    *short, long = sorted((r for r in requests if length[r] > 2), key=length.__getitem__)
+    short = short[:3]
+    assert length[short[-1]] < length[long] - 2
+    steps, step = [], engine.steps.step
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.steps, "step", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            engine.answer(engine.begin([*short, long], 40))
+    monkeypatch.setattr(engine.steps, "step", lambda *args: steps.append(step(*args)))
+    engine.answer(engine.begin(short, 40))
+    assert len(steps) == length[short[-1]] - 1
 
 
 def test_nothing_is_allocated_per_token(engine: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,6 +365,7 @@ def test_state_keeps_the_books(
     data: st.DataObject,
 ) -> None:
     state = DecodeState.empty(replace(CAPACITY, batch=4, new_tokens=NEW), EOS_IDS, torch.device("cpu"))
+    spoil_state(state)
     state.clear()
     rows = data.draw(st.permutations(range(4)))[: len(requests)]
     books = [Books(draft[:limit], limit, 20 + row) for row, (_, draft) in zip(rows, requests, strict=True)]
