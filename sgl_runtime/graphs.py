@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _TIMED_RUNS = 3
+_one_capture = Lock()
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -46,8 +48,8 @@ class StepGraph:
                 self._function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # The large VLM's worker thread may be launching meanwhile.
-        with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
+        # Another thread may launch meanwhile, but not record to the same pool.
+        with _one_capture, torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
             self._output = self._function()
         self._graph = graph
 

@@ -108,11 +108,16 @@ class Steps:
         return self._upper(hidden, seq_lens, cache, rows, start, selection, draft, columns)
 
     def prepare(self, batch: int, with_mass: bool) -> None:
-        """Compile and capture the decode step of ``batch`` rows, outside of any run: this executes it."""
+        """Compile and capture the decode step of ``batch`` rows, outside of any run: this executes it.
+
+        It replays nothing: in another thread a graph that shares the pool may be running.
+        """
         known = self._present_graphs().decode
         if (self.compiled or self.captured) and (batch, with_mass, True) not in known:
             self.memory.state.clear()
-            self._graph(batch, with_mass, choose=True)()
+            graph = self._graph(batch, with_mass, choose=True)
+            if not self.captured:
+                graph()
 
     def step(self, batch: int, with_mass: bool) -> None:
         """`Decoder.step` for the first ``batch`` rows of the memory."""

@@ -53,11 +53,19 @@ class Capture(TorchDispatchMode):
         self._graph = graph
         self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    def __enter__(self) -> Capture:
+        device = self._graph._device
+        assert not device.capturing, "beginAllocateToPool: already recording to mempool_id"
+        device.capturing = True
+        super().__enter__()
+        return self
+
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         for tensor, value in self._before.values():
             tensor.copy_(value)
         self._graph._device.captures.append(self._graph)
+        self._graph._device.capturing = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if function in READS_BACK:
@@ -115,6 +123,7 @@ class Device:
         self.captures: list[Graph] = []
         self.replays: list[Graph] = []
         self.replays_are_fast = True
+        self.capturing = False
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any, ClassVar
 
 import pytest
@@ -125,6 +127,32 @@ def test_capture_is_before_the_run_and_steps_are_replays(
     count = len(device.captures)
     answers(captured, (1, 3), "draft")
     assert len(device.captures) == count
+
+
+def test_preparing_replays_nothing(captured: VLM, device: Device) -> None:
+    """It may run in a thread beside one that replays a graph of the same pool."""
+    captured.reserve(2, 64, 64, None, 7)
+    with torch.no_grad():
+        captured.steps.prepare(2, False)
+    assert keys(captured) == {(2, False, True)}
+    assert (len(device.captures), len(device.replays)) == (1, 0)
+
+
+def test_threads_capture_one_after_the_other(device: Device) -> None:
+    inside, never = Event(), Event()
+
+    def slow_step() -> None:
+        if device.capturing:
+            inside.set()
+            never.wait(0.2)
+
+    first, second = StepGraph(slow_step), StepGraph(lambda: None)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(first.capture)
+        assert inside.wait(20)
+        second.capture()
+        done.result()
+    assert len(device.captures) == 2
 
 
 def keys(engine: VLM) -> set[tuple[int, bool, bool]]:
