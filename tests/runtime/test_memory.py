@@ -147,6 +147,14 @@ def test_a_refusal_leaves_the_engine_usable(engine: VLM, monkeypatch: pytest.Mon
     assert engine.generate(long, 6).token_ids
 
 
+def test_layers_behind_the_pruning_get_room_for_what_is_kept() -> None:
+    engine = VLM(slow.make_model("qwen2", seed=1), "large")
+    [request] = requests_of(engine, "tIIIIIIt")
+    engine.generate(request, 5, prune=Prune(1, torch.zeros(1, 96), 4))
+    full, pruned = bucket(98 + 8) + 1, bucket(2 + 4 + 8) + 1
+    assert [keys.shape[2] for keys in engine.memory.cache.keys] == [full, pruned, pruned, pruned]
+
+
 def test_growth_changes_no_answer(engine: VLM) -> None:
     fresh = VLM(slow.make_model("qwen3", seed=1), "large")
     short, long = requests_of(fresh, "tItt", "tIIIIIIIt")
