@@ -1,7 +1,8 @@
 """Drafts change no answer, over hundreds of prompts, prunings and drafts.
 
-In fp32, where rounding lies far below the gap between two tokens. In bf16 it does not: rows of drafts and single
-steps may then decide a near tie differently, as any two kernels may, and nothing exact is left to compare.
+In fp32, where rounding lies far below the gap between two tokens. In bf16 it does not: a draft's rows and
+single steps may then decide a near tie differently, as any two kernels may, and nothing exact is left to
+compare.
 """
 
 from __future__ import annotations
