@@ -147,7 +147,7 @@ pipeline() {
     fi
     for pair in $PAIRS; do words+=(--pair "$pair"); done
     run pipeline.log "$SECONDS_IN_ALL" "$PYTHON" -m benchmarks.pipeline "${words[@]}" --device cuda \
-        --batch 1 --batch 4 --batch 16 --limit 280 --out "$OUT"
+        --limit 280 --out "$OUT"
 }
 
 if compgen -G ".whl/*.whl" >/dev/null && ! $DRY; then

@@ -1,9 +1,10 @@
 """Measures the whole pipeline against the research code's way, pair by pair, and says which targets are met.
 
-    python -m benchmarks.pipeline --pair tiny --pair mid --out benchmarks/results
+    python -m benchmarks.pipeline --compile auto --compile on --out benchmarks/results
     python -m benchmarks.pipeline --pair internvl3-1b-14b --batch 1 --batch 16 --ratio 0.4 --ratio 0.2
 
-Each pair and ratio runs in a process of its own, so that one that fails does not take the others with it.
+Each pair, ratio and way of compiling has a process of its own, so that one that fails does not take the
+others with it.
 """
 
 from __future__ import annotations
@@ -17,66 +18,79 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import environment
-from sgl_runtime import bench_pairs, bench_pipeline
+from sgl_runtime import bench_pairs, bench_pipeline, hf
 from sgl_runtime.bench_report import TITLES, table
 from sgl_runtime.files import whole_file
 
 
+COMPILE = {"auto": "auto", "on": True}
+
+
 def main() -> int:
+    options = parse()
+    if options.task:
+        measured = bench_pipeline.run(bench_pipeline.Task(**json.loads(options.task)))
+        json.dump(measured, sys.stdout, default=str)
+        return 0
+    tasks = make_tasks(options)
+    document: dict[str, Any] = {"environment": environment(tasks[0].device), "pairs": [], "failed": []}
+    for task in tasks:
+        found = measure(task, options.limit)
+        if isinstance(found, str):
+            document["failed"].append(found)
+            print(found, file=sys.stderr)
+        else:
+            document["pairs"].append(found)
+            print(table(found), end="\n\n", flush=True)
+        if options.out:
+            write(options.out, f"pipeline_{task.device}", document)
+    return 1 if document["failed"] or disagreements(document) else 0
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pair", action="append", choices=bench_pairs.NAMES, help="default: tiny and mid")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--batch", action="append", type=int, help="default: 1; may be given several times")
-    parser.add_argument(
-        "--ratio", action="append", type=float, help="keep ratio and prune layer; default: 0.2"
-    )
-    parser.add_argument("--compile", action="store_true", help="compile on the CPU too")
-    parser.add_argument("--turns", type=int)
-    parser.add_argument("--limit", type=float, help="seconds for one pair at one ratio")
-    parser.add_argument(
-        "--out", type=Path, help="directory for pipeline_cpu.* or pipeline_cuda.*, json and md"
-    )
-    parser.add_argument("--task", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.task:
-        json.dump(
-            bench_pipeline.run(bench_pipeline.Task(**json.loads(options.task))), sys.stdout, default=str
-        )
-        return 0
+    add = parser.add_argument
+    add("--pair", action="append", choices=bench_pairs.NAMES, help="default: tiny and mid")
+    add("--batch", action="append", type=int, help="default: 1; for tiny 1 and 4; on CUDA 1, 4 and 16")
+    add("--ratio", action="append", type=float, help="keep ratio, and share of the depth; default: 0.2")
+    add("--compile", action="append", choices=COMPILE, help="default: auto, which is on for CUDA")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add("--turns", type=int, help="default: 5, on CUDA 3")
+    add("--limit", type=float, help="seconds for each process")
+    add("--out", type=Path, help="directory for pipeline_cpu or pipeline_cuda, .json and .md")
+    add("--task", help=argparse.SUPPRESS)
+    return parser.parse_args()
 
-    tasks = [
+
+def make_tasks(options: argparse.Namespace) -> list[bench_pipeline.Task]:
+    return [
         bench_pipeline.make_task(
             pair,
             options.device,
             "auto",
-            batches=options.batch or [1],
+            batches=options.batch or batches(pair, options.device),
             keep_ratio=ratio,
-            compile=True if options.compile else "auto",
+            compile=COMPILE[word],
             turns=options.turns,
         )
         for pair in options.pair or ["tiny", "mid"]
         for ratio in options.ratio or [0.2]
+        for word in options.compile or ["auto"]
     ]
-    device = tasks[0].device
-    document: dict[str, Any] = {"environment": environment(device), "pairs": [], "failed": []}
-    for task in tasks:
-        measured = measure(task, options.limit)
-        if isinstance(measured, str):
-            document["failed"].append(measured)
-            print(measured, file=sys.stderr)
-        else:
-            document["pairs"].append(measured)
-            print(table(measured), end="\n\n")
-        if options.out:
-            write(options.out, f"pipeline_{device}", document)
-    return 1 if document["failed"] or disagreements(document) else 0
+
+
+def batches(pair: str, device: str) -> list[int]:
+    """The batch sizes of a pair that are worth their time."""
+    if hf.resolve_device(device).type == "cuda":
+        return [1, 4, 16]
+    return [1, 4] if pair == "tiny" else [1]
 
 
 def measure(task: bench_pipeline.Task, limit: float | None) -> dict[str, Any] | str:
     """The document of `bench_pipeline.run`, or what went wrong."""
-    name = f"{task.pair} at ratio {task.keep_ratio}"
+    name = f"{task.pair} at ratio {task.keep_ratio}, compile={task.compile}"
     command = [sys.executable, "-m", "benchmarks.pipeline", "--task", json.dumps(dataclasses.asdict(task))]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit)

@@ -1,19 +1,19 @@
 """SGL the way its research code runs it, on plain transformers: the baseline of `sgl-vlm bench --pipeline`.
 
-One request at a time. The small VLM runs with eager attention; every layer's attention matrix is
-materialised, the mass is summed from it, and it is dropped. The consistency pass embeds the surviving tokens
-and runs them again. The large VLM is a loop over transformers' layers around a ``DynamicCache``, with hidden
-states sliced on entry to the prune layer. Nothing is slower than it has to be: no attention matrix where none
-is needed (vision towers and the large VLM use SDPA), logits of the last row only, image features computed
-once.
+One request at a time. The small VLM runs with eager attention and ``output_attentions``, by which
+transformers hands out the attention matrices of all layers; masses are summed from them. The consistency
+pass puts the surviving tokens' embeddings together and runs them. The large VLM is a loop over transformers'
+layers around a ``DynamicCache``, with hidden states sliced on entry to the prune layer. Nothing is slower
+than it has to be: no attention matrix where none is needed (vision towers and the large VLM use SDPA), logits
+of the last row only, image features computed once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,20 +86,25 @@ class ResearchPipeline:
 
         model, cache = self.small, DynamicCache()
         mass = torch.zeros(len(visual), device=hidden.device)
-        length = hidden.shape[1]
-        text = _without(length, visual)
-        with _attention_summed(model, mass, text, visual):
-            with clock.stage("small_prefill"):
-                out = model.model.language_model(inputs_embeds=hidden, past_key_values=cache, use_cache=True)
+        text, first = (
+            _without(hidden.shape[1], visual),
+            torch.zeros(1, dtype=torch.int64, device=hidden.device),
+        )
+        run = partial(
+            model.model.language_model, past_key_values=cache, use_cache=True, output_attentions=True
+        )
+        with clock.stage("small_prefill"):
+            out = run(inputs_embeds=hidden)
+            _add_attention(mass, out.attentions, text, visual)
+            token, logprob = _greedy(model.lm_head(out.last_hidden_state[:, -1]))
+        ids, logprobs = [token], [logprob]
+        with clock.stage("small_decode"):
+            while len(ids) < self.config.max_new_tokens and token not in _eos_ids(model):
+                out = run(input_ids=torch.tensor([[token]], device=hidden.device))
+                _add_attention(mass, out.attentions, first, visual)
                 token, logprob = _greedy(model.lm_head(out.last_hidden_state[:, -1]))
-            ids, logprobs = [token], [logprob]
-            with clock.stage("small_decode"):
-                while len(ids) < self.config.max_new_tokens and token not in _eos_ids(model):
-                    step = torch.tensor([[token]], device=hidden.device)
-                    out = model.model.language_model(input_ids=step, past_key_values=cache, use_cache=True)
-                    token, logprob = _greedy(model.lm_head(out.last_hidden_state[:, -1]))
-                    ids.append(token)
-                    logprobs.append(logprob)
+                ids.append(token)
+                logprobs.append(logprob)
         return ids, logprobs, mass
 
     def _consistency(self, hidden: Tensor, visual: Tensor, mass: Tensor, ids: list[int]) -> float:
@@ -141,19 +146,10 @@ class ResearchPipeline:
         return ids
 
 
-@contextmanager
-def _attention_summed(model: Any, mass: Tensor, text: Tensor, visual: Tensor) -> Iterator[None]:
-    """Add to ``mass`` what each layer's attention matrix gives to visual tokens from text rows."""
-
-    def add(module: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        attention = output[1][0]  # (heads, rows, keys); a decode step's only row is text
-        rows = attention if attention.shape[1] == 1 else attention[:, text]
-        mass.add_(rows[..., visual].sum((0, 1), dtype=torch.float32))
-
-    with ExitStack() as hooks:
-        for layer in model.model.language_model.layers:
-            hooks.callback(layer.self_attn.register_forward_hook(add).remove)
-        yield
+def _add_attention(mass: Tensor, attentions: tuple[Tensor, ...], text: Tensor, visual: Tensor) -> None:
+    """Add to ``mass`` what visual tokens get from text rows in each layer's (1, heads, rows, keys)."""
+    for attention in attentions:
+        mass += attention[0][:, text][..., visual].sum((0, 1), dtype=torch.float32)
 
 
 def _embed(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
