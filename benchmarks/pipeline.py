@@ -12,9 +12,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import subprocess
 import sys
+import time
 from pathlib import Path
+from signal import SIGKILL
 from typing import Any
 
 from benchmarks.provenance import environment
@@ -22,24 +25,23 @@ from sgl_runtime import bench_pairs, bench_pipeline, hf
 from sgl_runtime.bench_report import TITLES, table
 from sgl_runtime.files import whole_file
 
-
 COMPILE = {"auto": "auto", "on": True}
 
 
 def main() -> int:
     options = parse()
     if options.task:
-        measured = bench_pipeline.run(bench_pipeline.Task(**json.loads(options.task)))
-        json.dump(measured, sys.stdout, default=str)
+        for measured in bench_pipeline.run_by_batch(bench_pipeline.Task(**json.loads(options.task))):
+            print(json.dumps(measured, default=str), flush=True)
         return 0
-    tasks = make_tasks(options)
+    tasks, end = make_tasks(options), time.monotonic() + options.limit
     document: dict[str, Any] = {"environment": environment(tasks[0].device), "pairs": [], "failed": []}
     for task in tasks:
-        found = measure(task, options.limit)
-        if isinstance(found, str):
-            document["failed"].append(found)
-            print(found, file=sys.stderr)
-        else:
+        found, failure = measure(task, end - time.monotonic())
+        if failure:
+            document["failed"].append(failure)
+            print(failure, file=sys.stderr)
+        if found:
             document["pairs"].append(found)
             print(table(found), end="\n\n", flush=True)
         if options.out:
@@ -58,7 +60,7 @@ def parse() -> argparse.Namespace:
     add("--compile", action="append", choices=COMPILE, help="default: auto, which is on for CUDA")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--turns", type=int, help="default: 5, on CUDA 3")
-    add("--limit", type=float, help="seconds for each process")
+    add("--limit", type=float, default=math.inf, help="seconds in all; what is cut short shows what it has")
     add("--out", type=Path, help="directory for pipeline_cpu or pipeline_cuda, .json and .md")
     add("--task", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -88,18 +90,22 @@ def batches(pair: str, device: str) -> list[int]:
     return [1, 4] if pair == "tiny" else [1]
 
 
-def measure(task: bench_pipeline.Task, limit: float | None) -> dict[str, Any] | str:
-    """The document of `bench_pipeline.run`, or what went wrong."""
-    name = f"{task.pair} at ratio {task.keep_ratio}, compile={task.compile}"
+def measure(task: bench_pipeline.Task, seconds: float) -> tuple[dict[str, Any] | None, str]:
+    """The document of `bench_pipeline.run`, as far as it came, and what went wrong."""
     command = [sys.executable, "-m", "benchmarks.pipeline", "--task", json.dumps(dataclasses.asdict(task))]
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return f"{name}: not finished after {limit:g} s"
-    if done.returncode != 0:
-        return f"{name}: exit status {done.returncode}, see above"
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    name = f"{task.pair} at ratio {task.keep_ratio}, compile={task.compile}"
+    limit = None if math.isinf(seconds) else max(seconds, 0.0)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            output, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+    lines = [line for line in output.splitlines() if line.endswith("}")]
+    found = json.loads(lines[-1]) if lines else None
+    if process.returncode == 0:
+        return found, ""
+    return found, f"{name}: {'out of time' if process.returncode == -SIGKILL else 'failed, see above'}"
 
 
 def disagreements(document: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,12 @@ def make_task(pair: str, device: str, dtype: str, **options: Any) -> Task:
 
 def run(task: Task) -> dict[str, Any]:
     """Measure; return environment, ceilings, pair, bounds, a row per batch and side, and the targets."""
+    *_, document = run_by_batch(task)
+    return document
+
+
+def run_by_batch(task: Task) -> Iterator[dict[str, Any]]:
+    """Measure, and yield what `run` returns as far as it is known, after each batch size."""
     device, dtype = torch.device(task.device), getattr(torch, task.dtype)
     limit = ceilings(device, dtype)
     pair = bench_pairs.make_pair(task.pair, device, dtype, max(task.batches))
@@ -123,8 +129,8 @@ def run(task: Task) -> dict[str, Any]:
         records = _measure(Sides(base, pair, task, batch))
         document["results"] += [to_row(name, batch, record, pair, limit) for name, record in records.items()]
         document["differences"] += differences(batch, {n: r.outcome for n, r in records.items()}, first)
-    document["targets"] = targets(document)
-    return document
+        document["targets"] = targets(document)
+        yield document
 
 
 class Sides:

@@ -259,12 +259,10 @@ def test_targets_compare_within_turns() -> None:
 def test_a_pair_that_fails_leaves_the_others(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    def measure(task: bench_pipeline.Task, limit: float | None) -> Any:
-        return (
-            f"{task.pair}: out of luck"
-            if task.pair == "mid"
-            else {"differences": [], "task": {"dtype": "float32"}}
-        )
+    def measure(task: bench_pipeline.Task, seconds: float) -> Any:
+        if task.pair == "mid":
+            return None, "mid: out of luck"
+        return {"differences": [], "task": {"dtype": "float32"}}, ""
 
     monkeypatch.setattr(pipeline, "measure", measure)
     monkeypatch.setattr(pipeline, "table", lambda document: "a table")
@@ -275,3 +273,22 @@ def test_a_pair_that_fails_leaves_the_others(
     assert document["failed"] == ["mid: out of luck"]
     assert len(document["pairs"]) == 1
     assert "a table" in (tmp_path / "pipeline_cpu.md").read_text()
+
+
+def test_a_pair_that_runs_out_of_time_shows_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = bench_pipeline.make_task("tiny", "cpu", "float32")
+    half = "import sys, time; print('{\"half\": 1}', flush=True); print('{\"cut', end='', flush=True); "
+    popen = pipeline.subprocess.Popen
+
+    def child(ending: str) -> None:
+        command = [pipeline.sys.executable, "-c", half + ending]
+        monkeypatch.setattr(pipeline.subprocess, "Popen", lambda _, **options: popen(command, **options))
+
+    child("time.sleep(60)")
+    found, failure = pipeline.measure(task, 3.0)
+    assert found == {"half": 1}
+    assert failure == "tiny at ratio 0.2, compile=auto: out of time"
+    child("sys.exit(3)")
+    found, failure = pipeline.measure(task, 30.0)
+    assert found == {"half": 1}
+    assert failure == "tiny at ratio 0.2, compile=auto: failed, see above"
