@@ -199,6 +199,19 @@ def test_prefill_is_replayed_only_where_that_is_faster(captured: VLM, device: De
     assert [known is not None for known in prefill._known.values()] == [False, True]
 
 
+def test_prefill_graphs_do_not_pile_up(
+    captured: VLM, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sgl_runtime.graphs._MOST_SHAPES", 2)
+    captured.reserve(1, 130, 130, None, 7)
+    expected = []
+    for layout in ("ttIttt", "tIIttt", "tIIIttt", "tIIIIttt", "ttIttt"):
+        [request] = captured.encode([captured.prompt(slow.make_inputs(layout))])
+        expected.append(captured.generate(request, 2, with_mass=True).token_ids)
+    assert expected[0] == expected[-1]
+    assert len(captured.steps._present_graphs().prefill._known) == 2
+
+
 def test_logits_processors_run_between_uncaptured_steps(device: Device) -> None:
     model = slow.make_model("llama", seed=15)
     model.generation_config.update(repetition_penalty=1.7)
