@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ from sgl_runtime.requests import Answer, Prefix, Prune
 from sgl_runtime.research import ResearchPipeline, ResearchResult
 
 SIDES = ("research", "unguided", "guided", "draft", "overlap", "large alone", "small alone")
-TURNS = {"cpu": 5, "cuda": 3}
+TURNS = {"cpu": (5, 30), "cuda": (3, 10)}  # at least, at most
+SECONDS = 20  # of turns, where those are enough of them
 CALLS = {"cpu": 1, "cuda": 3}  # timed calls of a turn
 
 
@@ -45,7 +46,7 @@ CALLS = {"cpu": 1, "cuda": 3}  # timed calls of a turn
 class Task:
     """What to measure. ``keep_ratio`` is the prune layer's share of the depth too: 0.2 is the paper's 35 %.
 
-    ``turns`` None is 5 on the CPU and 3 on CUDA.
+    ``turns`` None is as many as fit into 20 seconds, at least 5 on the CPU and 3 on CUDA.
     """
 
     pair: str
@@ -72,11 +73,11 @@ class Outcome:
 
 @dataclasses.dataclass
 class Record:
-    """A side's calls: seconds of each and of its stages; what it said; its peak beyond the weights."""
+    """What a side said; its calls: seconds of each and of its stages; its peak beyond the weights."""
 
+    outcome: Outcome
     seconds: list[float] = dataclasses.field(default_factory=list)
     stages: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    outcome: Outcome | None = None
     peak_bytes: int | None = None
 
 
@@ -218,28 +219,37 @@ class Sides:
 
 
 def _measure(sides: Sides) -> dict[str, Record]:
-    """Call the sides in turn; the first turn warms up and is not timed."""
+    """Call the sides in turn, after calls of each that are not timed."""
     task = sides.task
     calls, on_gpu = sides.calls(), task.device == "cuda"
-    records = {name: Record() for name in calls}
+    records = {name: Record(call()) for name, call in calls.items()}
+    turns = task.turns or _turns(task, calls)
     title = f"{task.pair}, batch {sides.batch}"
-    turns = task.turns or TURNS[task.device]
-    for turn in tqdm(range(turns + 1), desc=title, unit="turn", disable=None, leave=False):
+    for turn in tqdm(range(turns), desc=title, unit="turn", disable=None, leave=False):
         for name, call in calls.items():
             record = records[name]
-            if turn == 0 or on_gpu:
-                record.outcome = call()
-            for _ in range(CALLS[task.device] if turn else 0):
+            if on_gpu:
+                call()
+            for _ in range(CALLS[task.device]):
                 began = time.perf_counter()
                 outcome = call()
                 record.seconds.append(time.perf_counter() - began)
                 record.stages.append(outcome.timings)
-            if turn == 1 and on_gpu:
+            if turn == 0 and on_gpu:
                 record.peak_bytes = _peak_on_gpu(sides, name, call)
     if not on_gpu:
         for name, record in records.items():
             record.peak_bytes = _peak_in_a_process_of_its_own(task, name, sides.batch)
     return records
+
+
+def _turns(task: Task, calls: Mapping[str, Callable[[], Outcome]]) -> int:
+    began = time.perf_counter()
+    for call in calls.values():
+        call()
+    turn = (time.perf_counter() - began) * (CALLS[task.device] + (task.device == "cuda"))
+    least, most = TURNS[task.device]
+    return min(most, max(least, int(SECONDS / turn)))
 
 
 def _peak_on_gpu(sides: Sides, name: str, call: Callable[[], Outcome]) -> int:
