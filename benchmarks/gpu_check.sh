@@ -102,7 +102,7 @@ correctness() {
     for backend in $BACKENDS; do
         pytest_on_gpu 150 "$backend" "${OPS[@]}"
     done
-    pytest_on_gpu 60 "" tests/runtime/test_{attention,clock}.py
+    pytest_on_gpu 90 "" tests/runtime/test_{attention,clock,golden,steps}.py
 }
 
 graphs() {
