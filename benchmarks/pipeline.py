@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
     add("--ratio", action="append", type=float, help="keep ratio, and share of the depth; default: 0.2")
     add("--compile", action="append", choices=COMPILE, help="default: auto, which is on for CUDA")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    add("--turns", type=int, help="default: 5, on CUDA 3")
+    add("--turns", type=int, help="default: what fits into 20 s, at least 5, on CUDA 3")
     add("--limit", type=float, default=math.inf, help="seconds in all; what is cut short shows what it has")
     add("--out", type=Path, help="directory for pipeline_cpu or pipeline_cuda, .json and .md")
     add("--task", help=argparse.SUPPRESS)

@@ -42,7 +42,6 @@ TITLES = {
 def to_row(side: str, batch: int, record: Record, pair: Pair, limit: Ceilings) -> Row:
     """Medians of a side's times, in milliseconds, with what they come to per token and per second."""
     outcome = record.outcome
-    assert outcome is not None
     row: Row = {
         "side": side,
         "batch": batch,
@@ -83,15 +82,13 @@ def _decode(
     return {"ms": step_ms, "gb_per_s": per_second / 1e9, "share_of_copy": share}
 
 
-def differences(batch: int, outcomes: Mapping[str, Outcome | None], first: dict[str, Outcome]) -> list[str]:
+def differences(batch: int, outcomes: Mapping[str, Outcome], first: dict[str, Outcome]) -> list[str]:
     """Say where sides disagree that must agree, and where a batch changes what a request gets.
 
     ``first`` remembers the outcomes of the first batch size.
     """
     found, guided = [], outcomes.get("guided")
     for name, outcome in outcomes.items():
-        if outcome is None:
-            continue
         earlier = first.setdefault(name, outcome)
         pairs = [(f"{name} in a batch of {batch}", outcome, f"{name} alone", earlier)]
         if guided is not None and "alone" not in name:

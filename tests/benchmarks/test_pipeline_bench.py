@@ -152,7 +152,7 @@ def test_a_whole_run(nano: None) -> None:
 
 
 def test_the_command_line(nano: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(bench_pipeline.TURNS, "cpu", 1)
+    monkeypatch.setitem(bench_pipeline.TURNS, "cpu", (1, 1))
     arguments = ["bench", "--pipeline", "--pair", "nano", "--device", "cpu"]
     done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 0, done.output
