@@ -156,17 +156,19 @@ class Decoder:
         """
         hidden = self.embed(state.token)[:, None]  # (B, 1, C)
         cos, sin = self.cos[state.position][:, None], self.sin[state.position][:, None]  # (B, 1, D)
-        slots = state.position, state.position - state.dropped  # layers < K, layers >= K
-        lens = [torch.where(state.finished, 0, slot + 1).int() for slot in slots]
+        places = [  # slot to write and length to read, (B,): in layers < K, in layers >= K
+            (slot, torch.where(state.finished, 0, slot + 1).int())
+            for slot in (state.position, state.position - state.dropped)
+        ]
         for i, layer in enumerate(self.layers):
-            pruned = i >= cache.prune_layer
+            slots, lens = places[0] if i < cache.prune_layer else places[1]
             q, k, v = (heads[:, :, 0] for heads in layer.project(hidden, cos, sin))  # (B, heads, D)
-            cache.append(i, slots[pruned], k, v)
+            cache.append(i, slots, k, v)
             attended = sgl_kernels.decode_attention(
                 q,
                 cache.keys[i][: q.shape[0]],
                 cache.values[i][: q.shape[0]],
-                lens[pruned],
+                lens,
                 visual_index=state.visual_index if with_mass else None,
                 mass=state.mass if with_mass else None,
                 softmax_scale=self.softmax_scale,
