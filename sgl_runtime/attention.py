@@ -109,10 +109,12 @@ def cached_attention(
     written = (slots <= last[:, -1:])[:, None, :, None]  # (B, 1, S, 1)
     k, v = torch.where(written, k_cache, 0), torch.where(written, v_cache, 0)
     # The query heads of a KV head become rows: masked kernels have no grouped heads, and keys are read once.
-    grouped = q.unflatten(1, (heads, -1))  # (B, Hkv, G, T, D)
+    batch, _, _, dim = q.shape
+    # Not unflatten: torch.compile cannot look into it while a default device is set.
+    grouped = q.reshape(batch, heads, -1, rows, dim)  # (B, Hkv, G, T, D)
     mask = (slots <= last[..., None])[:, None].repeat(1, 1, grouped.shape[2], 1)  # (B, 1, G T, S)
     out = scaled_dot_product_attention(grouped.flatten(2, 3), k, v, attn_mask=mask, scale=softmax_scale)
-    return out.unflatten(2, (-1, rows)).flatten(1, 2)
+    return out.reshape(batch, -1, rows, dim)
 
 
 def attention_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:

@@ -11,7 +11,8 @@ import torch
 from torch.fx.experimental import _config as shape_config
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-_RECOMPILE_LIMIT = 64  # both VLMs compile the same functions, each for every batch bucket
+# Every pipeline of the process compiles the same functions, for each VLM, prune layer and batch bucket.
+_RECOMPILE_LIMIT = 4096
 
 
 def whole(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -21,11 +22,12 @@ def whole(function: Callable[..., Any]) -> Callable[..., Any]:
     next process finds it.
     """
     os.environ.setdefault(CACHE_VARIABLE, str(Path("~/.cache/sgl-vlm/inductor").expanduser()))
-    limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
-    torch._dynamo.config.recompile_limit = limit
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
 
     def call(*args: Any) -> Any:
+        for name in ("recompile_limit", "accumulated_recompile_limit"):  # torch keeps them apart by thread
+            if getattr(torch._dynamo.config, name) < _RECOMPILE_LIMIT:
+                setattr(torch._dynamo.config, name, _RECOMPILE_LIMIT)
         # Two lengths that happen to be equal in the first call are not the same length.
         with shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             return compiled(*args)

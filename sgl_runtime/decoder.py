@@ -235,7 +235,9 @@ class DecoderLayer(nn.Module):
 
     def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated q (B, Hq, S, D), rotated k and v (B, Hkv, S, D) of hidden (B, S, C)."""
-        heads = self.qkv(self.input_norm(hidden)).unflatten(-1, (-1, self.head_dim))  # (B, S, Hq + 2 Hkv, D)
+        joint = self.qkv(self.input_norm(hidden))
+        # Not unflatten: torch.compile cannot look into it while a default device is set.
+        heads = joint.reshape(*joint.shape[:2], -1, self.head_dim)  # (B, S, Hq + 2 Hkv, D)
         kv = heads.shape[2] // (self.group + 2)
         qk, v = heads.split((heads.shape[2] - kv, kv), 2)
         if self.q_norm is not None and self.k_norm is not None:
@@ -267,24 +269,43 @@ def join(projections: list[nn.Module]) -> nn.Module:
 
     Their weights become views of the joint one, so that nothing is held twice and the model stays whole.
     """
-    if any(
-        type(p) is not nn.Linear
-        or type(p.weight) is not nn.Parameter
-        or p._forward_hooks
-        or p._forward_pre_hooks
-        for p in projections
-    ):
+    if not all(_is_plain(projection) for projection in projections):
         return Separate(projections)
     linears = [p for p in projections if isinstance(p, nn.Linear)]
-    sizes = [linear.out_features for linear in linears]
-    joint = nn.Linear(linears[0].in_features, sum(sizes), bias=linears[0].bias is not None, device="meta")
+    rows = sum(linear.out_features for linear in linears)
+    joint = nn.Linear(linears[0].in_features, rows, bias=linears[0].bias is not None, device="meta")
     for name in ("weight", "bias"):
         if getattr(joint, name) is not None:
-            whole = torch.cat([getattr(linear, name).detach() for linear in linears])
+            whole = _joined([getattr(linear, name) for linear in linears])
             setattr(joint, name, nn.Parameter(whole, requires_grad=False))
-            for linear, part in zip(linears, whole.split(sizes), strict=True):
-                getattr(linear, name).data = part
     return joint
+
+
+def _is_plain(projection: nn.Module) -> bool:
+    """Whether a projection is its weight and bias and nothing else: no hook, no replaced forward."""
+    return (
+        type(projection) is nn.Linear
+        and type(projection.weight) is nn.Parameter
+        and not projection._forward_hooks
+        and not projection._forward_pre_hooks
+        and "forward" not in vars(projection)
+    )
+
+
+def _joined(parts: list[nn.Parameter]) -> Tensor:
+    """Return the parts one after the other; afterwards, if not before, they are views of it."""
+    first, at = parts[0].detach(), 0
+    adjacent = True
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        adjacent &= same and part.is_contiguous() and part.storage_offset() == first.storage_offset() + at
+        at += part.numel()
+    if adjacent:  # a VLM was made of this model before
+        return first.as_strided((at // first[0].numel(), *first.shape[1:]), first.stride())
+    whole = torch.cat([part.detach() for part in parts])
+    for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        part.data = view
+    return whole
 
 
 def _ramp(first: Tensor, count: int) -> Tensor:

@@ -10,9 +10,11 @@ Requests whose prompts are padded to the same length share a prefill; all of a b
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +26,13 @@ from sgl_runtime.clock import Clock
 from sgl_runtime.decoder import Decoder, MassRows, Selection
 from sgl_runtime.errors import NumericalError, PromptError
 from sgl_runtime.graphs import FinishedFlag
-from sgl_runtime.memory import Capacity, KVCache, Memory, batch_bucket, bucket, draft_bucket
+from sgl_runtime.memory import NEVER, Capacity, KVCache, Memory, batch_bucket, bucket, draft_bucket
 from sgl_runtime.requests import Answer, Group, Prefix, Prompt, Prune, Request, make_groups, make_prompt
 from sgl_runtime.steps import Steps
 
 # Tiles in one pass of the vision tower. A CPU is no faster with more, and needs memory for each.
 _TILES_TOGETHER = {"cpu": 1, "cuda": 16}
+Method = TypeVar("Method", bound=Callable[..., Any])
 _STAGES = {"large": ("large_prefill_full", "large_prefill_pruned")}  # layers < K, layers >= K
 
 
@@ -41,6 +44,18 @@ class _Started:
     kept_index: Tensor | None
     kept_lens: Tensor
     accepted: Tensor
+
+
+def _at_home(method: Method) -> Method:
+    """Run a method of VLM without gradients, and on CUDA with its own device as the current one."""
+
+    @wraps(method)
+    def run(self: VLM, *args: Any, **options: Any) -> Any:
+        device = self.model.device
+        with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return method(self, *args, **options)
+
+    return cast(Method, run)
 
 
 class VLM:
@@ -58,6 +73,7 @@ class VLM:
         shape = (len(view.layers), view.num_kv_heads, view.head_dim)
         self.memory = Memory(name, *shape, view.dtype, view.device, view.eos_ids)
         self.steps = Steps(self.decoder, self.memory, compiled=compiled)
+        self._variants = {compiled: self}
         self._flag = FinishedFlag(view.device)
         self._stages = _STAGES.get(name, (f"{name}_prefill",) * 2)
 
@@ -67,11 +83,10 @@ class VLM:
 
     def with_compiled(self, compiled: bool) -> VLM:
         """Return this VLM with its steps compiled or not; both share model and memory and take turns."""
-        if compiled == self.steps.compiled:
-            return self
-        other = copy.copy(self)
-        other.steps = Steps(self.decoder, self.memory, compiled=compiled)
-        return other
+        if compiled not in self._variants:
+            other = self._variants[compiled] = copy.copy(self)
+            other.steps = Steps(self.decoder, self.memory, compiled=compiled)
+        return self._variants[compiled]
 
     def prompt(self, inputs: Mapping[str, Any]) -> Prompt:
         """Check a processor's output for one request; see `requests.make_prompt`."""
@@ -87,17 +102,29 @@ class VLM:
                 "max_new_tokens."
             )
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[Prompt], clock: Clock | None = None) -> list[Request]:
-        """Run the vision tower over all prompts' tiles; put the features among the text embeddings."""
+    @_at_home
+    def encode(
+        self,
+        prompts: Sequence[Prompt],
+        clock: Clock | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> list[Request]:
+        """Run the vision tower over all prompts' tiles; put the features among the text embeddings.
+
+        ``check`` is called before every few tiles and may raise, to end work that nobody waits for.
+        """
         with self._clock(clock).stage(f"{self.name}_vision"):
             tiles = torch.cat([prompt.pixel_values for prompt in prompts])
             together = _TILES_TOGETHER[tiles.device.type]
-            found = torch.cat([self.model.image_features(some) for some in tiles.split(together)])
+            parts = []
+            for some in tiles.split(together):
+                check()
+                parts.append(self.model.image_features(some))
+            found = torch.cat(parts)
             features = found.split([len(prompt.pixel_values) for prompt in prompts])
             return [self._embed(p, own.flatten(0, 1)) for p, own in zip(prompts, features, strict=True)]
 
-    @torch.no_grad()
+    @_at_home
     def begin(
         self,
         requests: Sequence[Request],
@@ -132,14 +159,14 @@ class VLM:
         if num_keep is not None:
             kept = [p.length - p.num_visual + n for p, n in zip(prompts, num_keep, strict=True)]
         self.reserve(len(prompts), max(p.length for p in prompts), max(kept), prune_layer, max_new_tokens)
-        self.steps.prepare(batch_bucket(len(requests)), with_mass)
+        self.prepare(len(requests), with_mass)
         groups = []
         with self._clock(clock).stage(self._stages[0]):
             for group in make_groups(requests):
                 groups.append(self._lower(group, stop, with_mass) if stop else group)
         return Prefix(groups, len(requests), stop, max_new_tokens)
 
-    @torch.no_grad()
+    @_at_home
     def answer(
         self,
         prefix: Prefix,
@@ -214,7 +241,7 @@ class VLM:
             raise answer.error
         return answer
 
-    @torch.no_grad()
+    @_at_home
     def score(
         self, prefix: Prefix, prunes: Mapping[int, Prune], answers: Mapping[int, list[int]]
     ) -> dict[int, float]:
@@ -231,7 +258,7 @@ class VLM:
             found |= dict(zip(group.members, totals, strict=True))
         return found
 
-    @torch.no_grad()
+    @_at_home
     def layer_mass(self, request: Request, query_index: Tensor | None = None) -> Tensor:
         """Return the prompt's mass per layer, (layers, 1, N) fp32.
 
@@ -249,6 +276,12 @@ class VLM:
         self.decoder.lower(request.hidden, None, rows, self.num_layers, into)
         return mass
 
+    @_at_home
+    def prepare(self, batch: int, with_mass: bool) -> None:
+        """Compile and capture the decode step of ``batch`` requests, outside of any run."""
+        self.steps.prepare(self._decode_rows(batch), with_mass, choose=not self._has_processors)
+
+    @_at_home
     def reserve(
         self, batch: int, prompt_tokens: int, kept_tokens: int, prune_layer: int | None, new_tokens: int
     ) -> None:
@@ -268,10 +301,11 @@ class VLM:
         """
         fed = draft_bucket(new_tokens)
         capacity = Capacity(
-            batch=batch_bucket(batch),
-            full=bucket(prompt_tokens + fed) + 1,  # + 1: a slice that is all of a cache would be a case of
-            pruned=bucket(kept_tokens + fed) + 1,  # its own to the compiler
-            prune_layer=self.num_layers if prune_layer is None else prune_layer,
+            batch=batch,
+            # One slot to spare: a slice that is all of a cache would be a case of its own to the compiler.
+            full=max(bucket(prompt_tokens + fed), bucket(prompt_tokens) + fed) + 1,
+            pruned=max(bucket(kept_tokens + fed), bucket(kept_tokens) + fed) + 1,
+            prune_layer=NEVER if prune_layer is None else prune_layer,
             new_tokens=new_tokens,
             visual=bucket(prompt_tokens),
         )
@@ -345,11 +379,16 @@ class VLM:
         columns = self._columns(bucket(longest))
         return self.steps.upper(hidden, group.seq_lens, cache, group.rows, start, selection, rows, columns)
 
+    def _decode_rows(self, batch: int) -> int:
+        """Rows that ``batch`` requests are decoded with: a power of two, or all that there is memory for."""
+        assert self.memory.capacity is not None
+        return min(batch_bucket(batch), self.memory.capacity.batch)
+
     def _columns(self, count: int) -> Tensor:
         return torch.arange(count, dtype=torch.int32, device=self.model.device)
 
     def _decode(self, prefix: Prefix, groups: list[Group]) -> None:
-        batch = batch_bucket(prefix.batch)
+        batch = self._decode_rows(prefix.batch)
         with_mass = any(group.mass is not None for group in groups)
         finished = self.memory.state.finished[:batch]
         histories = self._histories(groups)

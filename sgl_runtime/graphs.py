@@ -26,6 +26,12 @@ def _pool() -> Any:
     return torch.cuda.graph_pool_handle()
 
 
+@cache
+def _capture_stream(device: int) -> Any:
+    """One stream of a priority of its own: never one that another thread has got from the common pool."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
 class StepGraph:
     """A function of no arguments over static tensors; after `capture`, a replay of what it launched."""
 
@@ -33,6 +39,11 @@ class StepGraph:
         self._function = function
         self._graph: Any = None
         self._output: Any = None
+
+    @property
+    def captured(self) -> bool:
+        """Whether a call is a replay."""
+        return self._graph is not None
 
     def __call__(self) -> Any:
         if self._graph is None:
@@ -42,16 +53,16 @@ class StepGraph:
 
     def capture(self) -> None:
         """Run the function three times, then once more into a CUDA graph."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # it compiles and sizes workspaces, which a graph must not
-            for _ in range(3):
-                self._function()
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Another thread may launch meanwhile, but not record to the same pool.
-        with _one_capture, torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
-            self._output = self._function()
+        with _one_capture:  # another thread may launch meanwhile, but not record to the same pool
+            stream = _capture_stream(torch.cuda.current_device())
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # it compiles and sizes workspaces, which a graph must not
+                for _ in range(3):
+                    self._function()
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph, pool=_pool(), stream=stream, capture_error_mode="thread_local"):
+                self._output = self._function()
         self._graph = graph
 
 

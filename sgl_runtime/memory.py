@@ -19,6 +19,8 @@ from sgl_runtime.errors import MemoryLimitError
 
 log = logging.getLogger(__name__)
 
+NEVER = 1 << 30  # the prune layer of a run that does not prune
+
 
 def bucket(length: int) -> int:
     """Return what ``length`` is padded to: one of sixteen lengths a power of two, so a sixteenth at most."""
@@ -40,6 +42,7 @@ def batch_bucket(batch: int) -> int:
 class Capacity:
     """Slots of a KV cache: `full` in the layers before `prune_layer`, `pruned` in the others.
 
+    A `prune_layer` of `NEVER` asks for nothing: `pruned` is then that of an unpruned run, like `full`.
     `batch` requests share it; `new_tokens` is the longest answer, `visual` the most visual tokens of a
     prompt.
     """
@@ -52,15 +55,16 @@ class Capacity:
     visual: int
 
     def holds(self, other: Capacity) -> bool:
-        """Whether a run that needs ``other`` fits."""
-        return self.prune_layer == other.prune_layer and all(
-            getattr(self, field.name) >= getattr(other, field.name) for field in fields(self)
-        )
+        """Whether a run that needs ``other`` fits; without pruning it may where ``pruned`` is large."""
+        sizes = ("batch", "full", "pruned", "new_tokens", "visual")
+        same_layer = other.prune_layer in (self.prune_layer, NEVER)
+        return same_layer and all(getattr(self, name) >= getattr(other, name) for name in sizes)
 
     def joined(self, other: Capacity) -> Capacity:
-        """Return what holds both, with the prune layer of ``other``."""
+        """Return what holds both, with the prune layer of ``other`` if it has one."""
         larger = {f.name: max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return Capacity(**{**larger, "prune_layer": other.prune_layer})
+        layer = self.prune_layer if other.prune_layer == NEVER else other.prune_layer
+        return Capacity(**{**larger, "prune_layer": layer})
 
 
 class KVCache:
@@ -240,9 +244,8 @@ class Memory:
 
     def estimate(self, capacity: Capacity) -> int:
         """Return the bytes that keys and values take at ``capacity``."""
-        slots = (
-            capacity.prune_layer * capacity.full + (self.num_layers - capacity.prune_layer) * capacity.pruned
-        )
+        first = min(capacity.prune_layer, self.num_layers)
+        slots = first * capacity.full + (self.num_layers - first) * capacity.pruned
         return 2 * capacity.batch * slots * self.num_kv_heads * self.head_dim * self._storage.element_size()
 
     def reserve(self, capacity: Capacity) -> bool:
@@ -256,7 +259,9 @@ class Memory:
         if self.capacity is not None:
             if self.capacity.holds(capacity):
                 return False
-            capacity = self.capacity.joined(capacity)
+            joined = self.capacity.joined(capacity)
+            if self.estimate(joined) <= self.allocated + free_memory(self.device):
+                capacity = joined  # or the next run of the other kind would lay memory out anew again
         need = self.estimate(capacity)
         self.capacity = None  # until all of it stands
         with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
@@ -280,8 +285,8 @@ class Memory:
             raise MemoryLimitError(
                 f"The {self.name} VLM's keys and values need {need / 2**30:.2f} GiB for {capacity.batch} "
                 f"requests of up to {capacity.full} tokens ({capacity.pruned} in layers from "
-                f"{capacity.prune_layer} on, of {self.num_layers}), but {self.device} has "
-                f"{free / 2**30:.2f} GiB free. Lower max_batch, max_prompt_tokens, max_text_tokens or "
+                f"{min(capacity.prune_layer, self.num_layers)} on, of {self.num_layers}), but {self.device} "
+                f"has {free / 2**30:.2f} GiB free. Lower max_batch, max_prompt_tokens, max_text_tokens or "
                 "max_new_tokens."
             )
         self._storage = self._storage.new_empty(need // self._storage.element_size())

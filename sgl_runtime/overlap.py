@@ -57,8 +57,10 @@ class Worker:
         self._last: Task[Any] | None = None
 
     def start(self, work: Callable[[Task[T]], T], inputs: Iterable[Tensor] = ()) -> Task[T]:
-        """Begin ``work(task)``; ``inputs`` are tensors of the caller that it reads."""
-        self.join()
+        """Begin ``work(task)``, behind what was started before and of which the end need not be waited for.
+
+        ``inputs`` are tensors of the caller that it reads.
+        """
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="sgl-large-vlm")
             if self._device.type == "cuda":
@@ -84,7 +86,7 @@ class Worker:
     def _run(self, work: Callable[[Task[T]], T], task: Task[T]) -> T:
         if self._stream is None:
             return work(task)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             try:
                 return work(task)
             finally:

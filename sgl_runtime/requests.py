@@ -37,6 +37,10 @@ class Prompt:
     spans: tuple[int, ...]
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.input_ids, self.pixel_values, self.visual_index, self.text_rows
+
+    @property
     def length(self) -> int:
         return self.input_ids.shape[1]
 
@@ -144,9 +148,9 @@ class Group:
         )
 
     def padded_rows(self) -> Tensor:
-        """Return the text rows that count, (B, R) int32, padded with -1."""
+        """Return the text rows that count, (B, R) int32, padded with -1 to a power of two: few shapes."""
         text = [request.prompt.text_rows for request in self.requests]
-        width = bucket(max(rows.shape[1] for rows in text))
+        width = max(32, 1 << (max(rows.shape[1] for rows in text) - 1).bit_length())
         return torch.cat([pad(rows, (0, width - rows.shape[1]), value=-1) for rows in text])
 
     def padded_draft(self, drafts: Mapping[int, Sequence[int]]) -> Tensor:
@@ -249,8 +253,10 @@ def _group(requests: list[Request], members: list[int], length: int) -> Group:
 
 
 def _checked_inputs(model: hf.ModelView, name: str, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    ids, pixels, mask = (inputs.get(key) for key in ("input_ids", "pixel_values", "attention_mask"))
     who = f"The {name} VLM's"
+    if not isinstance(inputs, Mapping):
+        raise PromptError(f"{who} inputs must be a mapping with input_ids and pixel_values, got {inputs!r}.")
+    ids, pixels, mask = (inputs.get(key) for key in ("input_ids", "pixel_values", "attention_mask"))
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.squeeze(0).dim() != 1 or not ids.numel():
         raise PromptError(f"{who} input_ids must be an integer tensor (1, S), got {_describe(ids)}.")
     if not isinstance(pixels, Tensor) or pixels.dim() != 4 or not pixels.shape[0]:

@@ -8,9 +8,10 @@ it when nobody needs it. What is computed is the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from sgl_runtime import hf, parallel
 from sgl_runtime.clock import Clock
 from sgl_runtime.config import SGLConfig, num_kept
 from sgl_runtime.engine import VLM
-from sgl_runtime.errors import MemoryLimitError, PromptError, SGLError
+from sgl_runtime.errors import ConfigError, MemoryLimitError, PromptError, SGLError
 from sgl_runtime.guidance import Guidance, agree_on, guide
 from sgl_runtime.memory import batch_bucket
 from sgl_runtime.overlap import Task, Worker
@@ -57,7 +58,11 @@ class Runner:
         self._prunes = config.keep_ratio < 1
         self._drafts = config.draft and shares_tokens
         self._shared = large.model.processes > 1
-        self._warm = False
+        if small.model.device != large.model.device:
+            raise ConfigError(
+                f"The small VLM is on {small.model.device} and the large one on {large.model.device}; they "
+                "take turns on one device. Move one of them."
+            )
 
     def prompts(self, small_inputs: Mapping[str, Any], large_inputs: Mapping[str, Any]) -> Pair:
         """Check one request, all of it, before any work.
@@ -100,59 +105,66 @@ class Runner:
         MemoryLimitError
             Memory ran out. The next call starts afresh.
         """
-        if self.small.steps.compiled and not self._warm:
+        if self.small.steps.compiled and self._kind not in self.large.steps.warm:
             self.warm_up()
         with self._memory_errors(len(batch)):
             return self._run(batch, clock)
 
     def warm_up(self) -> None:
         """Set all memory aside, compile and capture what any request can need, and show how far it is."""
-        self._warm = True
         with self.own_modes(), self._memory_errors(self.config.max_batch):
             self._worker.join()
             self._reserve(self.small)
             self._reserve(self.large)
-            sizes = [1 << i for i in range(batch_bucket(self.config.max_batch).bit_length())]
-            jobs: list[tuple[str, Any]] = []
-            for vlm in (self.small, self.large):
-                for size in reversed(sizes):  # the largest graph first: the others fit into its pool
-                    jobs.append(
-                        (
-                            f"{vlm.name} decode x{size}",
-                            lambda v=vlm, n=size: v.steps.prepare(n, v is self.small),
-                        )
-                    )
-            patient = Runner(
-                self.small, self.large, replace(self.config, exit_threshold=None), self._worker, self._drafts
-            )
-            for size in (1, 2)[: self.config.max_batch]:  # more than two are compiled like two
-                jobs.append((f"prefill x{size}", lambda n=size: patient._try_out(n)))
             kind = "compiling" if self.small.steps.compiled else "warming up"
-            bar = tqdm(jobs, kind, leave=False, disable=not parallel.is_first())
+            bar = tqdm(self._warm_up_jobs(), kind, leave=False, disable=not parallel.is_first())
             for name, job in bar:
                 bar.set_postfix_str(name)
                 with torch.no_grad():
                     job()
+        self.large.steps.warm.add(self._kind)
+
+    def _warm_up_jobs(self) -> list[tuple[str, Callable[[], Any]]]:
+        most = self.config.max_batch
+        sizes = sorted({min(1 << i, most) for i in range(batch_bucket(most).bit_length())}, reverse=True)
+        jobs: list[tuple[str, Callable[[], Any]]] = [
+            # The largest graph first: the others fit into its pool.
+            (f"{vlm.name} decode x{size}", partial(vlm.prepare, size, vlm is self.small))
+            for vlm in (self.small, self.large)
+            for size in sizes
+        ]
+        config = replace(self.config, exit_threshold=None)
+        patient = Runner(self.small, self.large, config, self._worker, self._drafts)
+        # More than two requests are compiled like two.
+        return jobs + [(f"prefill x{n}", partial(patient._try_out, n)) for n in (1, 2)[:most]]
+
+    @property
+    def _kind(self) -> tuple[Any, ...]:
+        """What tells one warm-up from another."""
+        c = self.config
+        sizes = c.max_batch, c.max_prompt_tokens, c.max_text_tokens, c.max_new_tokens
+        return self.prune_layer, c.keep_ratio, self._drafts, c.exit_score, *sizes
 
     @contextmanager
     def own_modes(self) -> Iterator[None]:
-        """Leave the caller's inference mode and autocast: code would be compiled anew for each of them."""
-        with torch.inference_mode(False), torch.autocast(self.large.model.device.type, enabled=False):
+        """Leave the caller's inference mode, autocast and CUDA device; code is compiled for one of each."""
+        device = self.large.model.device
+        with (
+            torch.inference_mode(False),
+            torch.autocast(device.type, enabled=False),
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+        ):
             yield
 
     def _try_out(self, count: int) -> None:
         """Answer a made-up request, ``count`` times in one batch."""
-        inputs = []
-        for view in (self.small.model, self.large.model):
-            ids = [view.image_token_id] * view.tokens_per_tile
+        prompts = []
+        for vlm in (self.small, self.large):
+            view = vlm.model
             text = next(i for i in range(view.vocab_size) if i != view.image_token_id)
-            inputs.append(
-                {
-                    "input_ids": torch.tensor([text, *ids, text, text]),
-                    "pixel_values": torch.zeros(1, 3, *view.tile_size),
-                }
-            )
-        self._run([self.prompts(*inputs)] * count, Clock(self.large.model.device))
+            ids = torch.tensor([*[view.image_token_id] * view.tokens_per_tile, text])
+            prompts.append(vlm.prompt({"input_ids": ids, "pixel_values": torch.zeros(1, 3, *view.tile_size)}))
+        self._run([(prompts[0], prompts[1])] * count, Clock(self.large.model.device))
 
     def _run(self, batch: list[Pair], clock: Clock) -> tuple[list[Outcome | SGLError], dict[str, float]]:
         large_prompts = [large for _, large in batch]
@@ -160,7 +172,7 @@ class Runner:
         large_clock, ahead = Clock(self.large.model.device), None
         # Processes that share the large VLM must launch the same collectives, whoever exits.
         if self.config.schedule == "latency" and not self._shared:
-            read = [tensor for prompt in large_prompts for tensor in (prompt.input_ids, prompt.pixel_values)]
+            read = [tensor for prompt in large_prompts for tensor in prompt.tensors]
             ahead = self._worker.start(lambda task: self._begin_large(large_prompts, large_clock, task), read)
         try:
             guidance = self._guide([small for small, _ in batch], clock)
@@ -168,6 +180,7 @@ class Runner:
             answers: dict[int, Answer] = {}
             if staying and ahead is not None:
                 answers = self._answer_large(ahead.result(), large_prompts, staying, large_clock)
+                self._worker.join()  # and forget what it left, gigabytes of hidden states among it
             elif staying:
                 self._worker.join()
                 left = [large_prompts[i] for i in staying]
@@ -195,7 +208,7 @@ class Runner:
     def _begin_large(self, prompts: list[Prompt], clock: Clock, task: Task[Prefix] | None = None) -> Prefix:
         """Everything that the large VLM can do before it knows what the small one has to say."""
         self._reserve(self.large)
-        requests = self.large.encode(prompts, clock)
+        requests = self.large.encode(prompts, clock, *([] if task is None else [task.check]))
         if task is not None:
             task.check()
         return self.large.begin(
@@ -250,6 +263,8 @@ class Runner:
             if not _is_out_of_memory(error):
                 raise
             config = self.config
+            for vlm in (self.small, self.large):
+                vlm.steps.release()
             raise MemoryLimitError(
                 f"Memory ran out with {batch} requests (max_batch={config.max_batch}, "
                 f"max_prompt_tokens={config.max_prompt_tokens}, max_new_tokens={config.max_new_tokens}; keys "
@@ -270,4 +285,6 @@ def _known(token_ids: list[int], vocab_size: int) -> list[int]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+    signs = ("out of memory", "allocate memory", "alloc_failed")  # of CUDA and its graphs, the CPU, cuBLAS
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or any(sign in str(error).lower() for sign in signs)

@@ -42,6 +42,7 @@ class Steps:
         self._upper = wrap(decoder.upper)
         self._decode = wrap(decoder.decode)
         self._step = wrap(decoder.step)
+        self.warm: set[tuple[Any, ...]] = set()  # kinds of runs that have been tried out
         self._graphs: WeakKeyDictionary[DecodeState, _Graphs] = WeakKeyDictionary()
 
     def lower(
@@ -107,16 +108,20 @@ class Steps:
             _vary(columns, 0)
         return self._upper(hidden, seq_lens, cache, rows, start, selection, draft, columns)
 
-    def prepare(self, batch: int, with_mass: bool) -> None:
+    def release(self) -> None:
+        """Drop everything captured; it is captured again when needed."""
+        self._graphs.clear()
+
+    def prepare(self, batch: int, with_mass: bool, *, choose: bool = True) -> None:
         """Compile and capture the decode step of ``batch`` rows, outside of any run: this executes it.
 
         It replays nothing: in another thread a graph that shares the pool may be running.
         """
         known = self._present_graphs().decode
-        if (self.compiled or self.captured) and (batch, with_mass, True) not in known:
+        if (self.compiled or self.captured) and (batch, with_mass, choose) not in known:
             self.memory.state.clear()
-            graph = self._graph(batch, with_mass, choose=True)
-            if not self.captured:
+            graph = self._graph(batch, with_mass, choose)
+            if not graph.captured:
                 graph()
 
     def step(self, batch: int, with_mass: bool) -> None:

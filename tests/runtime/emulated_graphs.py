@@ -46,7 +46,7 @@ class Graph:
 class Capture(TorchDispatchMode):
     """`torch.cuda.graph`."""
 
-    def __init__(self, graph: Graph, pool: Any, capture_error_mode: str) -> None:
+    def __init__(self, graph: Graph, pool: Any, stream: Stream, capture_error_mode: str) -> None:
         super().__init__()
         assert pool == "the pool"
         assert capture_error_mode == "thread_local"
@@ -135,15 +135,18 @@ def emulated() -> Iterator[Device]:
             "CUDAGraph": lambda: Graph(device),
             "graph": Capture,
             "graph_pool_handle": lambda: "the pool",
-            "Stream": Stream,
+            "Stream": lambda *_, **__: Stream(),
+            "current_device": lambda: 0,
             "stream": lambda _: nullcontext(),
             "current_stream": lambda *_: Stream(),
             "Event": lambda enable_timing=False: TimedEvent(device),
         }.items():
             patch.setattr(torch.cuda, name, value)
         graphs._pool.cache_clear()
+        graphs._capture_stream.cache_clear()
         yield device
     graphs._pool.cache_clear()
+    graphs._capture_stream.cache_clear()
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from sgl_runtime import SGLConfig, SGLPipeline
 from sgl_runtime.engine import VLM
 from sgl_runtime.errors import MemoryLimitError
-from sgl_runtime.memory import Capacity, DecodeState, Memory, batch_bucket, bucket, draft_bucket
+from sgl_runtime.memory import NEVER, Capacity, DecodeState, Memory, batch_bucket, bucket, draft_bucket
 from sgl_runtime.requests import Prune, Request
 
 from . import slow
@@ -147,11 +147,16 @@ def test_a_refusal_leaves_the_engine_usable(engine: VLM, monkeypatch: pytest.Mon
     assert engine.generate(long, 6).token_ids
 
 
+def slots(prompt: int) -> int:
+    """Of a layer that sees ``prompt`` tokens and short answers."""
+    return max(bucket(prompt + 8), bucket(prompt) + 8) + 1
+
+
 def test_layers_behind_the_pruning_get_room_for_what_is_kept() -> None:
     engine = VLM(slow.make_model("qwen2", seed=1), "large")
     [request] = requests_of(engine, "tIIIIIIt")
     engine.generate(request, 5, prune=Prune(1, torch.zeros(1, 96), 4))
-    full, pruned = bucket(98 + 8) + 1, bucket(2 + 4 + 8) + 1
+    full, pruned = slots(98), slots(2 + 4)
     assert [keys.shape[2] for keys in engine.memory.cache.keys] == [full, pruned, pruned, pruned]
 
 
@@ -168,6 +173,27 @@ def test_growth_changes_no_answer(engine: VLM) -> None:
     assert grown.token_ids == alone.token_ids
 
 
+def test_what_shares_memory_does_not_starve_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many short requests and one long fit, but not as many long ones: each is laid out alone then."""
+    memory = make_memory()
+    many, long = replace(CAPACITY, batch=16), replace(CAPACITY, batch=1, full=4096, pruned=4096)
+    limit = max(memory.estimate(many), memory.estimate(long))
+    monkeypatch.setattr("sgl_runtime.memory.free_memory", lambda _: limit - memory.allocated)
+    for capacity in (many, long, many, long):
+        assert memory.reserve(capacity)
+        assert memory.capacity == capacity
+
+
+def test_an_unpruned_run_uses_a_pruned_layout_that_has_room() -> None:
+    memory = make_memory()
+    assert memory.reserve(CAPACITY)
+    unpruned = replace(CAPACITY, prune_layer=NEVER, pruned=CAPACITY.full)
+    assert memory.reserve(unpruned)
+    for capacity in (CAPACITY, unpruned, CAPACITY):
+        assert not memory.reserve(capacity)
+    assert memory.cache.prune_layer == CAPACITY.prune_layer
+
+
 def test_the_old_room_goes_before_the_new_one_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = VLM(slow.make_model("qwen2", seed=1), "large")
     short, long = requests_of(engine, "tItt", "tIIIIIIIt")
@@ -181,7 +207,7 @@ def test_the_old_room_goes_before_the_new_one_comes(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("sgl_runtime.memory.free_memory", free)
     engine.generate(long, 3)
-    assert gone == [True]
+    assert gone == [False, True]  # asked what would fit, then told that there is room
 
 
 def test_pipelines_set_aside_what_their_settings_allow() -> None:
@@ -195,8 +221,8 @@ def test_pipelines_set_aside_what_their_settings_allow() -> None:
         pipe.generate_batch([(inputs, inputs)] * 3)
         sizes.add((pipe.small.memory.allocated, pipe.large.memory.allocated))
     [(small, large)] = sizes
-    full, pruned = bucket(200 + 8) + 1, bucket(50 + 50 + 8) + 1
-    per_slot = 2 * 4 * 2 * 16 * 4  # keys and values, rows, KV heads, head dim, bytes
+    full, pruned = slots(200), slots(50 + 50)
+    per_slot = 2 * 3 * 2 * 16 * 4  # keys and values, rows, KV heads, head dim, bytes
     assert small == 4 * full * per_slot
     assert large == (2 * full + 2 * pruned) * per_slot
 

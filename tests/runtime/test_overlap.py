@@ -137,13 +137,19 @@ def test_the_next_request_waits_for_what_was_discarded(
         before(patch, pipe.small, "answer", lambda: wait(entered))
         assert record(configured(pipe, schedule="latency", exit_threshold=0.0), 0)["exited"]
     before(monkeypatch, pipe.large, "encode", lambda: order.append("next"))
-    real = Worker.join
+    real_join, real_start = Worker.join, Worker.start
 
     def release_and_join(worker: Worker) -> None:
         released.set()
-        real(worker)
+        real_join(worker)
+
+    def start_and_release(worker: Worker, *args: Any) -> Any:
+        task = real_start(worker, *args)
+        released.set()
+        return task
 
     monkeypatch.setattr(Worker, "join", release_and_join)
+    monkeypatch.setattr(Worker, "start", start_and_release)
     assert record(configured(pipe, schedule=schedule), 1) == expected
     assert order == ["discarded", "next"]
 
