@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ LAYOUTS = [
         (1, 6, 17),
         (5, 1, 40),
     ]
-] + ["tItttItIIt", "ItItItItt"]
+] + ["tItttItIIt", "ItItItItt", "t" * 7 + "I" * 9 + "t" * 8]  # the last one: all but as long as allowed
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,31 @@ def test_every_setting_traces_whole(changes: dict[str, Any], monkeypatch: pytest
             assert torch.equal(result.kept_index, expected.kept_index)
             assert result.accepted_draft == expected.accepted_draft
             assert result.confidence == pytest.approx(expected.confidence, rel=1e-5)
+
+
+def test_another_thread_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    models = slow.make_model("llama", seed=5, layers=1), slow.make_model("qwen3", seed=6, layers=2)
+    pipe = SGLPipeline.from_models(*models, replace(CONFIG, max_batch=1))
+    one = _inputs(3)
+    expected = pipe.generate(one, one).token_ids
+    with ThreadPoolExecutor(1) as pool, torch._dynamo.config.patch(error_on_recompile=True):
+        assert pool.submit(pipe.generate, one, one).result().token_ids == expected
+    with torch.device("cpu"):  # a default device is a case of its own to torch, but one that traces
+        assert pipe.generate(one, one).token_ids == expected
+
+
+def test_many_configurations_compile_in_any_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own limit is eight versions of a function, and each thread has its own settings."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = slow.make_model("llama", seed=7, layers=3)
+    base = SGLPipeline.from_models(model, model, replace(CONFIG, max_batch=1, max_new_tokens=2))
+    one = _inputs(3)
+    torch.compiler.reset()
+    with ThreadPoolExecutor(1) as pool:
+        for layer, keep, draft in product(range(3), (0.3, 1.0), (True, False)):
+            config = replace(base.config, prune_layer=layer, keep_ratio=keep, draft=draft)
+            assert pool.submit(base.with_config(config).generate, one, one).result().token_ids
 
 
 _SECOND = """
