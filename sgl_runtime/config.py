@@ -33,7 +33,8 @@ class SGLConfig:
         pass.
     draft
         Verify the small answer inside the large VLM's prefill, where the two share a tokenizer: tokens
-        that it agrees with cost no decode step. Never changes an answer.
+        that it agrees with cost no decode step. Never changes an answer in float32; in half precision a near
+        tie may fall otherwise.
     schedule
         "throughput": the large VLM starts when it is known to be needed. "latency": its vision tower and the
         layers before the prune layer run while the small VLM answers, for nothing when that exits. Never

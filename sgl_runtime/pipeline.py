@@ -191,8 +191,9 @@ class SGLPipeline:
         """Wrap two ``InternVLForConditionalGeneration`` modules in memory; use `generate` with processor
         outputs.
 
-        The modules are used as they are, on their devices and in their dtypes; they are switched to eval
-        mode.
+        The modules are used as they are, on their device and in their dtypes, and switched to eval mode. The
+        weights of q, k and v, and of gate and up, become views of joint ones: change them in place, but do
+        not move, cast or wrap a module afterwards.
         """
         small, large = VLM(small_model.eval(), "small"), VLM(large_model.eval(), "large")
         return cls(small, large, SGLConfig() if config is None else config)
