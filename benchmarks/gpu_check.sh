@@ -142,7 +142,8 @@ bench() {
 pipeline() {
     local pair words=()
     if $DRY; then
-        run pipeline.log 300 "$PYTHON" -m benchmarks.pipeline --pair tiny --device cpu --turns 1 --out "$OUT"
+        run pipeline.log 300 "$PYTHON" -m benchmarks.pipeline --pair tiny --batch 1 --device cpu \
+            --turns 1 --out "$OUT"
         return
     fi
     for pair in $PAIRS; do words+=(--pair "$pair"); done
