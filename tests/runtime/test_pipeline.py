@@ -9,13 +9,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import sgl_runtime
 from sgl_runtime import SGLConfig, SGLPipeline
-from sgl_runtime.errors import BatchError, ImageError, PromptError
+from sgl_runtime.errors import BatchError, ImageError, MemoryLimitError, PromptError
 
 from . import slow
 from .checkpoints import picture
@@ -258,3 +259,32 @@ def test_the_callers_modes_change_nothing(bare: SGLPipeline, mode: Any) -> None:
     assert after.token_ids == first.token_ids
     assert torch.equal(after.mass, first.mass)
     assert not first.mass.is_inference()
+
+
+def test_a_request_that_is_no_mapping_fails_alone(bare: SGLPipeline) -> None:
+    one = slow.make_inputs(seed=1)
+    with pytest.raises(BatchError, match="large VLM's inputs must be a mapping") as caught:
+        bare.generate_batch([(one, one), (one, None)])
+    assert caught.value.results[0].token_ids == bare.generate(one, one).token_ids
+    assert caught.value.results[1] is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling", "can't allocate memory: 8"],
+)
+def test_out_of_memory_has_many_names(bare: SGLPipeline, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = slow.make_inputs(seed=1)
+    expected = bare.generate(one, one).token_ids
+    with monkeypatch.context() as patch:
+        patch.setattr(bare.small, "encode", Mock(side_effect=RuntimeError(text)))
+        with pytest.raises(MemoryLimitError, match="Lower max_batch"):
+            bare.generate(one, one)
+    assert bare.generate(one, one).token_ids == expected
+
+
+def test_weights_are_joined_once(small_model: torch.nn.Module) -> None:
+    first, second = (SGLPipeline.from_models(small_model, small_model, CONFIG) for _ in range(2))
+    for one, other in zip(first.small.decoder.layers, second.large.decoder.layers, strict=True):
+        assert one.qkv.weight.data_ptr() == other.qkv.weight.data_ptr()
+        assert one.gate_up.weight.data_ptr() == other.gate_up.weight.data_ptr()
