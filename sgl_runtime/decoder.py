@@ -114,8 +114,8 @@ class Decoder:
         Returns
         -------
         logits : (B, T + 1, vocabulary), of the last prompt row and the draft's rows
-        kept_index : (B, S_out) int32, original positions of the prompt's rows that are left; ``kept_lens``
-        count kept_lens : (B,) int32
+        kept_index : (B, S_out) int32, original positions of the prompt's rows that are left
+        kept_lens : (B,) int32, how many those are
         """
         out_len = columns.shape[0]
         cos, sin = (

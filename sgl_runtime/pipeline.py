@@ -115,7 +115,6 @@ class SGLPipeline:
             self._worker,
             _same_tokens(small_processor, large_processor),
         )
-
         self.prune_layer = self._runner.prune_layer
 
     @property

@@ -1,5 +1,4 @@
-"""How the two VLMs take turns on a batch: small first, or side by side; who exits; what the large one is
-given.
+"""How the two VLMs take turns on a batch: small first, or side by side; who exits; what the large one gets.
 
 `schedule="throughput"` begins the large VLM's work when it is known to be needed, for those requests alone.
 `schedule="latency"` begins it for all of them in a worker, as far as it goes without guidance, and drops
@@ -24,7 +23,7 @@ from sgl_runtime.engine import VLM
 from sgl_runtime.errors import ConfigError, MemoryLimitError, PromptError, SGLError
 from sgl_runtime.guidance import Guidance, agree_on, guide
 from sgl_runtime.memory import batch_bucket
-from sgl_runtime.overlap import Task, Worker
+from sgl_runtime.overlap import Worker
 from sgl_runtime.requests import Answer, Prefix, Prompt, Prune, check_match
 
 Pair = tuple[Prompt, Prompt]  # of the small and the large VLM
@@ -173,7 +172,9 @@ class Runner:
         # Processes that share the large VLM must launch the same collectives, whoever exits.
         if self.config.schedule == "latency" and not self._shared:
             read = [tensor for prompt in large_prompts for tensor in prompt.tensors]
-            ahead = self._worker.start(lambda task: self._begin_large(large_prompts, large_clock, task), read)
+            ahead = self._worker.start(
+                lambda task: self._begin_large(large_prompts, large_clock, task.check), read
+            )
         try:
             guidance = self._guide([small for small, _ in batch], clock)
             staying = {i: g for i, g in enumerate(guidance) if isinstance(g, Guidance) and not self._exits(g)}
@@ -205,12 +206,16 @@ class Runner:
         threshold = self.config.exit_threshold
         return threshold is not None and guidance.decision_score >= threshold
 
-    def _begin_large(self, prompts: list[Prompt], clock: Clock, task: Task[Prefix] | None = None) -> Prefix:
-        """Everything that the large VLM can do before it knows what the small one has to say."""
+    def _begin_large(
+        self, prompts: list[Prompt], clock: Clock, check: Callable[[], None] = lambda: None
+    ) -> Prefix:
+        """Everything that the large VLM can do before it knows what the small one has to say.
+
+        ``check`` is called between stages and may raise, to end work that nobody waits for.
+        """
         self._reserve(self.large)
-        requests = self.large.encode(prompts, clock, *([] if task is None else [task.check]))
-        if task is not None:
-            task.check()
+        requests = self.large.encode(prompts, clock, check)
+        check()
         return self.large.begin(
             requests,
             self.config.max_new_tokens,
