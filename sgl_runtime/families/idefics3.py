@@ -173,13 +173,11 @@ class SmolVLMPreprocessor(Idefics3Preprocessor):
 
     def _frame(self, frame: PILImage.Image) -> dict[str, Tensor]:
         """Return one tile: a frame is scaled to its longest edge first, then squared."""
-        from transformers.image_utils import SizeDict
-
         found = self.processor(
             images=[[frame]],
             return_tensors="pt",
             do_image_splitting=False,
-            size=SizeDict(longest_edge=self.frame_edge),
+            size={"longest_edge": self.frame_edge},
         )
         return {name: found[name][0] for name in ("pixel_values", "pixel_attention_mask") if name in found}
 
