@@ -21,7 +21,7 @@ from signal import SIGKILL
 from typing import Any
 
 from benchmarks.provenance import environment
-from sgl_runtime import bench_pairs, bench_pipeline, hf
+from sgl_runtime import bench_pairs, bench_pipeline, checkpoints
 from sgl_runtime.bench_report import TITLES, table
 from sgl_runtime.files import whole_file
 
@@ -85,7 +85,7 @@ def make_tasks(options: argparse.Namespace) -> list[bench_pipeline.Task]:
 
 def batches(pair: str, device: str) -> list[int]:
     """The batch sizes of a pair that are worth their time."""
-    if hf.resolve_device(device).type == "cuda":
+    if checkpoints.resolve_device(device).type == "cuda":
         return [1, 4, 16]
     return [1, 4] if pair == "tiny" else [1]
 

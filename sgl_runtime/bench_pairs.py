@@ -231,7 +231,7 @@ def _tiny_pair(device: torch.device, dtype: torch.dtype, requests: int) -> Pair:
 
     small, large = (hf.load_model(path, device, dtype) for path in (tiny.SMALL, tiny.LARGE))
     processors = [
-        Processor.from_directory(path, hf.view(model))
+        Processor.from_directory(path, hf.view(model).family)
         for path, model in ((tiny.SMALL, small), (tiny.LARGE, large))
     ]
     samples = tiny.samples()

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import sgl_kernels
 from sgl_kernels.bench.timing import ceilings
-from sgl_runtime import bench_pairs, hf
+from sgl_runtime import bench_pairs, checkpoints, hf
 from sgl_runtime.attention import attention_backend
 from sgl_runtime.bench_cost import speedup_bounds, token_ratio
 from sgl_runtime.bench_pairs import Pair
@@ -91,8 +91,8 @@ def make_task(pair: str, device: str, dtype: str, **options: Any) -> Task:
     """
     if pair not in bench_pairs.NAMES:
         raise ConfigError(f"--pair must be one of {', '.join(bench_pairs.NAMES)}, got {pair!r}.")
-    place = hf.resolve_device(device)
-    compute = str(hf.resolve_dtype(dtype, place)).removeprefix("torch.")
+    place = checkpoints.resolve_device(device)
+    compute = str(checkpoints.resolve_dtype(dtype, place)).removeprefix("torch.")
     return Task(pair, place.type, compute, **options)
 
 

@@ -260,19 +260,23 @@ def _pipeline(small: str | Path, large: str | Path, config: Any, **options: Any)
 
 
 def _save_picture(pipe: Any, path: Path, image: Any, prompt: str, result: Any) -> None:
-    from sgl_runtime.config import num_kept
-    from sgl_runtime.pictures import save_guidance
+    import numpy as np
 
-    num_keep = num_kept(len(result.mass), pipe.config.keep_ratio)
+    from sgl_runtime.config import num_kept
+    from sgl_runtime.pictures import save_guidance, token_maps
+
+    boxes, kept = pipe.small_processor(image, prompt)["visual_cells"].numpy(), result.kept_visual
+    large = boxes if result.exited else pipe.large_processor(image, prompt)["visual_cells"].numpy()
+    num_keep = num_kept(len(large), pipe.config.keep_ratio)
+    note = f"large VLM sees {num_keep} of {len(large)} tokens"
     if result.exited:
         kept = result.mass.topk(num_keep).indices
         note = "small VLM was sure: large VLM not asked, or it would see this"
-    else:
-        kept = result.kept_visual
-        note = f"large VLM sees {num_keep} of {len(result.mass)} tokens"
+    is_kept = np.zeros(len(large))
+    is_kept[kept] = 1.0
     title = f"{prompt}  →  {result.text}"
-    tiling = pipe.small_processor.tiling(image)
-    save_guidance(path, image, result.mass.numpy(), kept.numpy(), tiling, title=title, note=note)
+    heat, seen = token_maps(result.mass.numpy(), boxes), token_maps(is_kept, large)
+    save_guidance(path, image, heat, seen, title=title, note=note)
 
 
 def _print_answer(prompt: str, result: Any, right: str | None = None) -> None:

@@ -24,6 +24,8 @@ class SGLConfig:
         a float in [0, 1) a share of the depth, ``int(num_layers * prune_layer)``.
     exit_threshold
         Exit with the small VLM's answer when the decision score reaches it, in [0, 1]. None never exits.
+    keep_scope
+        "request": the best of all images and videos together. "image": of each its own share.
     consistency_keep_ratio
         Share of visual tokens that the small VLM keeps, from layer 0 on, in the consistency pass; in (0, 1].
     max_new_tokens
@@ -32,9 +34,9 @@ class SGLConfig:
         "both": ``(confidence + consistency) / 2``. "confidence": the confidence alone, without a consistency
         pass.
     draft
-        Verify the small answer inside the large VLM's prefill, where the two share a tokenizer: tokens
-        that it agrees with cost no decode step. Never changes an answer in float32; in half precision a near
-        tie may fall otherwise.
+        Verify the small answer inside the large VLM's prefill: tokens that it agrees with cost no decode
+        step. Where the two have different tokenizers, the answer's text is tokenised anew. Never changes an
+        answer in float32; in half precision a near tie may fall otherwise.
     schedule
         "throughput": the large VLM starts when it is known to be needed. "latency": its vision tower and the
         layers before the prune layer run while the small VLM answers, for nothing when that exits. Never
@@ -64,6 +66,7 @@ class SGLConfig:
     max_batch: int = 8
     max_prompt_tokens: int = 4096
     max_text_tokens: int = 1024
+    keep_scope: str = "request"
 
     def __post_init__(self) -> None:
         _check_ratio("keep_ratio", self.keep_ratio)
@@ -75,6 +78,7 @@ class SGLConfig:
         _check_count("max_batch", self.max_batch)
         _check_count("max_prompt_tokens", self.max_prompt_tokens)
         _check_count("max_text_tokens", self.max_text_tokens)
+        _check_choice("keep_scope", self.keep_scope, ("request", "image"))
         _check_choice("exit_score", self.exit_score, ("both", "confidence"))
         _check_choice("schedule", self.schedule, ("throughput", "latency"))
         _check_choice("draft", self.draft, (True, False))

@@ -4,11 +4,13 @@ settings only, reads no value back, and allocates nothing that outlives a step.
 A prompt goes through `lower` (layers < K, every token), `draft_rows` (the draft through the same layers, over
 their cache) and `upper` (pruning, the draft joined behind what was kept, layers >= K, logits). An unpruned
 prompt without a draft is the case K = number of layers. An answer then grows by `decode`, one token a step.
+Every token keeps the rotary angles of where it stood.
 Prompts of a batch are padded behind their ends: causal attention never looks there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,23 @@ import sgl_kernels
 from sgl_runtime import hf
 from sgl_runtime.attention import cached_attention, prefill_attention
 from sgl_runtime.memory import DecodeState, KVCache
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Prompts on their way through the layers.
+
+    Attributes
+    ----------
+    hidden : (B, S, C)
+    cos, sin : (B, S, D), the rotary angles of each row
+    planes : (B, S, C) each; the i-th is added behind layer i, zeros for text
+    """
+
+    hidden: Tensor
+    cos: Tensor
+    sin: Tensor
+    planes: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +68,10 @@ class Decoder:
         self.norm = view.norm
         self.lm_head = view.lm_head
         self.softmax_scale = view.softmax_scale
-        self._rotary = view.rotary
+        self._rope = view.rope
         self._context = view.context
         self._tables: list[tuple[Tensor, Tensor]] = []
-        self._like = torch.empty(0, dtype=view.dtype, device=view.device)
+        self._device = view.device
         self._make_tables(1)
 
     def reserve_positions(self, length: int) -> None:
@@ -60,39 +79,57 @@ class Decoder:
         if self.cos.shape[0] < length:
             self._make_tables(length)
 
+    def prompt_rope(self, length: int, positions: Tensor | None) -> tuple[Tensor, Tensor, int]:
+        """Return cos and sin (length, D) of a prompt, and the position behind it.
+
+        ``positions`` (3, length) come from the family; None means 0, 1, ...
+        """
+        if positions is None:
+            self.reserve_positions(length)
+            return self.cos[:length], self.sin[:length], length
+        return *self._rope(positions), int(positions.max()) + 1
+
     def lower(
-        self, hidden: Tensor, cache: KVCache | None, rows: Tensor, stop: int, mass: MassRows | None
+        self, rows: Rows, cache: KVCache | None, at: Tensor, stop: int, mass: MassRows | None
     ) -> Tensor:
-        """Run prompts (B, S, C) through the layers before ``stop``; cache row ``rows[b]`` gets request b."""
-        rope = self.cos[None, : hidden.shape[1]], self.sin[None, : hidden.shape[1]]  # (1, S, D)
-        return self._prefill(hidden, rope, cache, rows, range(stop), mass)
+        """Run prompts through the layers before ``stop``; cache row ``at[b]`` gets request b."""
+        return self._prefill(rows, cache, at, range(stop), mass)
 
     def draft_rows(
-        self, tokens: Tensor, seq_lens: Tensor, cache: KVCache, rows: Tensor, stop: int, columns: Tensor
+        self,
+        tokens: Tensor,
+        seq_lens: Tensor,
+        next_angle: Tensor,
+        cache: KVCache,
+        at: Tensor,
+        stop: int,
+        columns: Tensor,
     ) -> Tensor:
         """Run draft tokens (B, T) behind prompts of ``seq_lens`` through the layers before ``stop``.
 
-        Of the cache the first ``len(columns)`` slots are looked at.
+        They turn like positions ``next_angle`` and on. Of the cache the first ``len(columns)`` slots are
+        looked at.
         """
         span = columns.shape[0]
         hidden = self.embed(tokens.clamp_min(0))  # (B, T, C)
-        positions = _ramp(seq_lens, tokens.shape[1])  # (B, T)
-        cos, sin = self.cos[positions], self.sin[positions]  # (B, T, D)
+        slots, angles = (_ramp(first, tokens.shape[1]) for first in (seq_lens, next_angle))  # (B, T)
+        cos, sin = self.cos[angles], self.sin[angles]  # (B, T, D)
         for i in range(stop):
             layer = self.layers[i]
             q, k, v = layer.project(hidden, cos, sin)
-            cache.extend(i, rows, positions, k, v)
-            keys, values = (x[i][:, :, :span].index_select(0, rows) for x in (cache.keys, cache.values))
+            cache.extend(i, at, slots, k, v)
+            keys, values = (x[i][:, :, :span].index_select(0, at) for x in (cache.keys, cache.values))
             attended = cached_attention(q, keys, values, seq_lens, self.softmax_scale)
             hidden = layer.finish(hidden, attended)
         return hidden
 
     def upper(
         self,
-        hidden: Tensor,
+        rows: Rows,
         seq_lens: Tensor,
+        next_angle: Tensor,
         cache: KVCache | None,
-        rows: Tensor,
+        at: Tensor,
         start: int,
         selection: Selection | None,
         draft: Tensor | None,
@@ -102,8 +139,10 @@ class Decoder:
 
         Parameters
         ----------
-        hidden : (B, S, C)
+        rows
             What entered layer ``start``.
+        next_angle : (B,) int32
+            The rotary position behind each prompt.
         selection
             None keeps everything.
         draft : (B, T, C), optional
@@ -118,33 +157,33 @@ class Decoder:
         kept_lens : (B,) int32, how many those are
         """
         out_len = columns.shape[0]
-        cos, sin = (
-            table[: hidden.shape[1]].expand(hidden.shape[0], -1, -1) for table in (self.cos, self.sin)
-        )
+        hidden, extras = rows.hidden, (rows.cos, rows.sin, *rows.planes[start:])
         if selection is not None:
-            hidden, kept_index, kept_lens, (cos, sin) = sgl_kernels.prune_gather(
+            hidden, kept_index, kept_lens, extras = sgl_kernels.prune_gather(
                 hidden,
                 selection.ranking,
                 selection.visual_index,
                 seq_lens,
                 selection.num_keep,
-                extras=(cos, sin),
+                extras=extras,
                 out_len=out_len,
             )
         else:
             kept_index, kept_lens = columns.expand(hidden.shape[0], -1), seq_lens
-            more = out_len - hidden.shape[1]
-            hidden, cos, sin = (pad(x, (0, 0, 0, more)) for x in (hidden, cos, sin))
+            more = (0, 0, 0, out_len - hidden.shape[1])
+            hidden, extras = pad(hidden, more), tuple(pad(extra, more) for extra in extras)
+        cos, sin, *planes = extras
         num_rows = 1
         if draft is not None:
             num_rows += draft.shape[1]
             place = _ramp(kept_lens, draft.shape[1])[..., None]  # (B, T, 1)
-            positions = _ramp(seq_lens, draft.shape[1])
+            angles = _ramp(next_angle, draft.shape[1])
             hidden, cos, sin = (
                 prompt.scatter(1, place.expand_as(rows_), rows_)
-                for prompt, rows_ in ((hidden, draft), (cos, self.cos[positions]), (sin, self.sin[positions]))
+                for prompt, rows_ in ((hidden, draft), (cos, self.cos[angles]), (sin, self.sin[angles]))
             )
-        hidden = self._prefill(hidden, (cos, sin), cache, rows, range(start, len(self.layers)), None)
+        left = Rows(hidden, cos, sin, (*rows.planes[:start], *planes))
+        hidden = self._prefill(left, cache, at, range(start, len(self.layers)), None)
         last = _ramp(kept_lens - 1, num_rows)[..., None]  # (B, T + 1, 1)
         hidden = hidden.gather(1, last.expand(-1, -1, hidden.shape[2]))
         return self.lm_head(self.norm(hidden)), kept_index, kept_lens
@@ -155,7 +194,8 @@ class Decoder:
         A finished request reads no cache, adds no mass and keeps its position.
         """
         hidden = self.embed(state.token)[:, None]  # (B, 1, C)
-        cos, sin = self.cos[state.position][:, None], self.sin[state.position][:, None]  # (B, 1, D)
+        angle = state.position + state.turned
+        cos, sin = self.cos[angle][:, None], self.sin[angle][:, None]  # (B, 1, D)
         places = [  # slot to write and length to read, (B,): in layers < K, in layers >= K
             (slot, torch.where(state.finished, 0, slot + 1).int())
             for slot in (state.position, state.position - state.dropped)
@@ -181,19 +221,14 @@ class Decoder:
         state.choose(self.decode(state, cache, with_mass))
 
     def _prefill(
-        self,
-        hidden: Tensor,
-        rope: tuple[Tensor, Tensor],
-        cache: KVCache | None,
-        rows: Tensor,
-        layers: range,
-        mass: MassRows | None,
+        self, rows: Rows, cache: KVCache | None, at: Tensor, layers: range, mass: MassRows | None
     ) -> Tensor:
+        hidden = rows.hidden
         for i in layers:
             layer = self.layers[i]
-            q, k, v = layer.project(hidden, *rope)  # (B, heads, S, D)
+            q, k, v = layer.project(hidden, rows.cos, rows.sin)  # (B, heads, S, D)
             if cache is not None:
-                cache.fill(i, rows, k, v)
+                cache.fill(i, at, k, v)
             attended, lse = prefill_attention(q, k, v, self.softmax_scale, need_lse=mass is not None)
             if mass is not None:
                 sgl_kernels.prefill_mass(
@@ -206,30 +241,48 @@ class Decoder:
                     softmax_scale=self.softmax_scale,
                 )
             hidden = layer.finish(hidden, attended)
+            if i < len(rows.planes):
+                hidden = hidden + rows.planes[i]
         return hidden
 
     def _make_tables(self, length: int) -> None:
         # Only padding lies beyond the context; it would make a "dynamic" rotary type turn all positions anew.
-        positions = torch.arange(length, device=self._like.device).clamp_max(self._context - 1)
-        cos, sin = self._rotary(self._like, positions[None])
-        self.cos, self.sin = cos[0], sin[0]
+        positions = torch.arange(length, device=self._device).clamp_max(self._context - 1)
+        self.cos, self.sin = self._rope(positions)
         self._tables.append((self.cos, self.sin))  # captured graphs go on reading the shorter ones
 
 
+class GatedMLP(nn.Module):
+    """The dense MLP of a layer; gate and up are one matrix product."""
+
+    def __init__(self, gate_up: nn.Module, activation: Callable[[Tensor], Tensor], down: nn.Module) -> None:
+        super().__init__()
+        self.gate_up = gate_up
+        self.activation = activation
+        self.down_proj = down
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, up = self.gate_up(hidden).chunk(2, -1)
+        return self.down_proj(self.activation(gate) * up)
+
+
 class DecoderLayer(nn.Module):
-    """One pre-norm layer; q, k, v are one matrix product, and so are gate and up."""
+    """One pre-norm layer; q, k and v are one matrix product."""
 
     def __init__(self, layer: hf.Layer, head_dim: int, group: int) -> None:
         super().__init__()
         self.input_norm = layer.input_norm
-        self.qkv = join([layer.q_proj, layer.k_proj, layer.v_proj])
+        self.qkv = join(layer.qkv)
         self.q_norm = layer.q_norm
         self.k_norm = layer.k_norm
         self.o_proj = layer.o_proj
         self.post_norm = layer.post_norm
-        self.gate_up = join([layer.gate_proj, layer.up_proj])
-        self.activation = layer.activation
-        self.down_proj = layer.down_proj
+        if layer.experts is not None:
+            self.mlp = layer.experts
+        else:
+            assert layer.activation is not None
+            assert layer.down_proj is not None
+            self.mlp = GatedMLP(join(layer.gate_up), layer.activation, layer.down_proj)
         self.head_dim = head_dim
         self.group = group
 
@@ -247,10 +300,9 @@ class DecoderLayer(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Add the output projection of attended (B, Hq, S, D), then the gated MLP."""
+        """Add the output projection of attended (B, Hq, S, D), then the MLP."""
         hidden = hidden + self.o_proj(attended.transpose(1, 2).flatten(2))
-        gate, up = self.gate_up(self.post_norm(hidden)).chunk(2, -1)
-        return hidden + self.down_proj(self.activation(gate) * up)
+        return hidden + self.mlp(self.post_norm(hidden))
 
 
 class Separate(nn.Module):
@@ -269,6 +321,8 @@ def join(projections: list[nn.Module]) -> nn.Module:
 
     Their weights become views of the joint one, so that nothing is held twice and the model stays whole.
     """
+    if len(projections) == 1:
+        return projections[0]
     if not all(_is_plain(projection) for projection in projections):
         return Separate(projections)
     linears = [p for p in projections if isinstance(p, nn.Linear)]

@@ -23,15 +23,14 @@ from torch.nn.functional import pad
 import sgl_kernels
 from sgl_runtime import hf
 from sgl_runtime.clock import Clock
-from sgl_runtime.decoder import Decoder, MassRows, Selection
+from sgl_runtime.decoder import Decoder, MassRows, Rows, Selection
 from sgl_runtime.errors import NumericalError, PromptError
+from sgl_runtime.families import Features
 from sgl_runtime.graphs import FinishedFlag
 from sgl_runtime.memory import NEVER, Capacity, KVCache, Memory, batch_bucket, bucket, draft_bucket
 from sgl_runtime.requests import Answer, Group, Prefix, Prompt, Prune, Request, make_groups, make_prompt
 from sgl_runtime.steps import Steps
 
-# Tiles in one pass of the vision tower. A CPU is no faster with more, and needs memory for each.
-_TILES_TOGETHER = {"cpu": 1, "cuda": 16}
 Method = TypeVar("Method", bound=Callable[..., Any])
 _STAGES = {"large": ("large_prefill_full", "large_prefill_pruned")}  # layers < K, layers >= K
 
@@ -109,20 +108,14 @@ class VLM:
         clock: Clock | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> list[Request]:
-        """Run the vision tower over all prompts' tiles; put the features among the text embeddings.
+        """Run the vision tower over all prompts' images; put the features among the text embeddings.
 
-        ``check`` is called before every few tiles and may raise, to end work that nobody waits for.
+        ``check`` is called before every image or few tiles and may raise, to end work that nobody waits for.
         """
         with self._clock(clock).stage(f"{self.name}_vision"):
-            tiles = torch.cat([prompt.pixel_values for prompt in prompts])
-            together = _TILES_TOGETHER[tiles.device.type]
-            parts = []
-            for some in tiles.split(together):
-                check()
-                parts.append(self.model.image_features(some))
-            found = torch.cat(parts)
-            features = found.split([len(prompt.pixel_values) for prompt in prompts])
-            return [self._embed(p, own.flatten(0, 1)) for p, own in zip(prompts, features, strict=True)]
+            visuals = [visual for prompt in prompts for visual in prompt.visuals]
+            found = iter(self.model.family.features(visuals, check))
+            return [self._embed(prompt, [next(found) for _ in prompt.visuals]) for prompt in prompts]
 
     @_at_home
     def begin(
@@ -253,7 +246,7 @@ class VLM:
         found: dict[int, float] = {}
         for group in prefix.only(prunes):
             draft = group.padded_draft(answers)
-            logits, _, _ = self._run_upper(group, group.embedded, None, 0, prunes, draft)
+            logits, _, _ = self._run_upper(group, group.rows, None, 0, prunes, draft)
             totals = sgl_kernels.token_logprobs(logits, draft).double().sum(1).tolist()
             found |= dict(zip(group.members, totals, strict=True))
         return found
@@ -268,12 +261,11 @@ class VLM:
             The rows that count; default: the prompt's text rows.
         """
         prompt, device = request.prompt, self.model.device
-        self.decoder.reserve_positions(prompt.length)
         mass = torch.zeros(self.num_layers, 1, prompt.num_visual, dtype=torch.float32, device=device)
         text_rows = prompt.text_rows if query_index is None else query_index
-        rows = torch.zeros(1, dtype=torch.int64, device=device)
+        at = torch.zeros(1, dtype=torch.int64, device=device)
         into = MassRows(text_rows, prompt.visual_index, list(mass))
-        self.decoder.lower(request.hidden, None, rows, self.num_layers, into)
+        self.decoder.lower(request.rows, None, at, self.num_layers, into)
         return mass
 
     @_at_home
@@ -312,18 +304,26 @@ class VLM:
         self.decoder.reserve_positions(capacity.full)
         self.memory.reserve(capacity)
 
-    def _embed(self, prompt: Prompt, features: Tensor) -> Request:
+    def _embed(self, prompt: Prompt, features: list[Features]) -> Request:
         hidden = self.model.embed(prompt.input_ids)  # (1, S, C)
-        hidden = hidden.index_copy(1, prompt.visual_index[0].long(), features[None].to(hidden.dtype))
-        return Request(prompt, hidden, features.isfinite().all())
+        index = prompt.visual_index[0].long()
+        tokens = torch.cat([each.tokens for each in features])[None].to(hidden.dtype)
+        planes = [torch.cat(parts) for parts in zip(*(each.planes for each in features), strict=True)]
+        cos, sin, next_angle = self.decoder.prompt_rope(prompt.length, prompt.positions)
+        rows = Rows(
+            hidden.index_copy(1, index, tokens),
+            cos[None],
+            sin[None],
+            tuple(torch.zeros_like(hidden).index_copy(1, index, plane[None]) for plane in planes),
+        )
+        return Request(prompt, rows, next_angle, tokens.isfinite().all())
 
     def _lower(self, group: Group, stop: int, with_mass: bool) -> Group:
-        cache, rows = self.memory.cache, group.rows
+        cache, rows, at = self.memory.cache, group.rows, group.at
         if with_mass:
-            text_rows = group.padded_rows()
-            hidden, mass = self.steps.guided(group.embedded, cache, rows, text_rows, group.visual_index)
+            hidden, mass = self.steps.guided(rows, cache, at, group.padded_rows(), group.visual_index)
             return replace(group, hidden=hidden, mass=mass)
-        return replace(group, hidden=self.steps.lower(group.embedded, cache, rows, stop, None))
+        return replace(group, hidden=self.steps.lower(rows, cache, at, stop, None))
 
     def _upper(
         self,
@@ -337,47 +337,55 @@ class VLM:
         if drafts is not None:
             draft = group.padded_draft({member: drafts[member][:limit] for member in group.members})
         cache = self.memory.cache
-        logits, kept_index, kept_lens = self._run_upper(
-            group, group.hidden, cache, prefix.stop, prunes, draft
-        )
+        logits, kept_index, kept_lens = self._run_upper(group, group.begun, cache, prefix.stop, prunes, draft)
         if draft is None:
             draft = torch.full((len(group.members), 1), -1, device=logits.device)
         accepted = self.memory.state.begin(
-            group.rows, self._processed(group, logits, draft), draft, limit, group.seq_lens, kept_lens
+            group.at,
+            self._processed(group, logits, draft),
+            draft,
+            limit,
+            group.seq_lens,
+            kept_lens,
+            group.next_angle,
         )
         if group.mass is not None:
-            self.memory.state.enter_mass(group.rows, group.visual_index, group.mass)
+            self.memory.state.enter_mass(group.at, group.visual_index, group.mass)
         return _Started(group, None if prunes is None else kept_index, kept_lens, accepted)
 
     def _run_upper(
         self,
         group: Group,
-        hidden: Tensor,
+        rows: Rows,
         cache: KVCache | None,
         start: int,
         prunes: Mapping[int, Prune] | None,
         draft: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`Decoder.upper` for a group; ``draft`` (B, T + 1) as `Group.padded_draft` makes it."""
-        longest, selection, rows = group.longest, None, None
+        longest, selection, drafted, device = group.longest, None, None, group.at.device
         if prunes is not None:
             chosen = [prunes[member] for member in group.members]
             prompts = [request.prompt for request in group.requests]
             longest = max(p.length - p.num_visual + c.num_keep for p, c in zip(prompts, chosen, strict=True))
             width = group.visual_index.shape[1]
             ranking = torch.cat([pad(c.ranking, (0, width - c.ranking.shape[1])) for c in chosen])
-            num_keep = torch.tensor([c.num_keep for c in chosen], dtype=torch.int32, device=hidden.device)
+            num_keep = torch.tensor([c.num_keep for c in chosen], dtype=torch.int32, device=device)
             selection = Selection(ranking, group.visual_index, num_keep)
         if draft is not None:
             fed = draft[:, :-1]  # (B, T)
             longest += fed.shape[1]
             if start and cache is not None:
-                columns = self._columns(hidden.shape[1] + fed.shape[1])
-                rows = self.steps.draft_rows(fed, group.seq_lens, cache, group.rows, start, columns)
+                columns = self._columns(rows.hidden.shape[1] + fed.shape[1])
+                drafted = self.steps.draft_rows(
+                    fed, group.seq_lens, group.next_angle, cache, group.at, start, columns
+                )
             else:
-                rows = self.decoder.embed(fed.clamp_min(0))
+                drafted = self.decoder.embed(fed.clamp_min(0))
         columns = self._columns(bucket(longest))
-        return self.steps.upper(hidden, group.seq_lens, cache, group.rows, start, selection, rows, columns)
+        return self.steps.upper(
+            rows, group.seq_lens, group.next_angle, cache, group.at, start, selection, drafted, columns
+        )
 
     def _decode_rows(self, batch: int) -> int:
         """Rows that ``batch`` requests are decoded with: a power of two, or all that there is memory for."""

@@ -1,11 +1,12 @@
-"""All contact with Hugging Face internals: loading a checkpoint, and the views of a model that the loop runs.
+"""All contact with Hugging Face internals that families share: loading, the decoder's modules, its settings.
 
-Nothing else in this package reaches into a transformers model, so a new transformers release breaks one file.
+Nothing outside this file and families/ reaches into a transformers model, so a new transformers release
+breaks one file, or one family.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -17,44 +18,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgl_runtime.errors import CheckpointError, ConfigError
+from sgl_runtime.checkpoints import checkpoint_directory, first_line, read_json, safetensors_of
+from sgl_runtime.errors import CheckpointError, ConfigError, SGLError
+from sgl_runtime.families import Family, family_of
 from sgl_runtime.quantize import quantize_linears
 
-TEXT_MODELS = ("llama", "qwen2", "qwen3")
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+_TESTED = ((5, 17), (5, 23))  # oldest and newest transformers, by `make test-matrix`
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The modules of one pre-norm decoder layer, in the order in which they run."""
+    """The modules of one pre-norm decoder layer, in the order in which they run.
+
+    `qkv` and `gate_up` are one module or several whose outputs stand one after the other. A mixture of
+    experts is `experts`, and has no gate_up, activation and down_proj.
+    """
 
     input_norm: nn.Module
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
+    qkv: list[nn.Module]
     q_norm: nn.Module | None
     k_norm: nn.Module | None
     o_proj: nn.Module
     post_norm: nn.Module
-    gate_proj: nn.Module
-    up_proj: nn.Module
-    activation: Callable[[Tensor], Tensor]
-    down_proj: nn.Module
+    gate_up: list[nn.Module]
+    activation: Callable[[Tensor], Tensor] | None
+    down_proj: nn.Module | None
+    experts: nn.Module | None
 
 
 @dataclass(frozen=True)
 class ModelView:
-    """What the loop needs of an ``InternVLForConditionalGeneration``: its own modules and a few numbers."""
+    """What the loop needs of a loaded model: its own modules and a few numbers."""
 
-    image_features: Callable[[Tensor], Tensor]  # (tiles, 3, height, width) -> (tiles, tokens, hidden_size)
+    family: Family
     embed: nn.Module
     layers: tuple[Layer, ...]
     norm: nn.Module
     lm_head: nn.Module
-    rotary: nn.Module
+    rope: Callable[[Tensor], tuple[Tensor, Tensor]]  # positions (S,) or (3, S) -> cos, sin (S, head_dim)
     processes: int  # that share the language model
     num_heads: int  # in this process
     num_kv_heads: int
@@ -62,83 +65,10 @@ class ModelView:
     softmax_scale: float
     context: int
     vocab_size: int
-    image_token_id: int
-    tokens_per_tile: int
-    tile_size: tuple[int, int]
     eos_ids: frozenset[int]
     device: torch.device
     dtype: torch.dtype
     generation_config: Any
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """Return the device meant by ``device``; "auto" is CUDA where there is one, else the CPU."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"device={device!r} is not a torch device; write 'auto', 'cpu' or 'cuda'."
-        ) from error
-    if found.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device={device!r} is not supported; write 'auto', 'cpu' or 'cuda'.")
-    count = torch.cuda.device_count()
-    if found.type == "cuda" and (found.index or 0) >= count:
-        raise ConfigError(
-            f"device={device!r}, but torch {torch.__version__} sees {count} CUDA devices here. "
-            "Write 'auto' or 'cpu', or install a CUDA build of torch."
-        )
-    return found
-
-
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the compute dtype meant by ``dtype``; "auto" is bfloat16 on CUDA and float32 on the CPU."""
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
-        raise ConfigError(f"dtype={dtype!r} is not supported; write 'auto' or one of {', '.join(DTYPES)}.")
-    return found  # type: ignore[return-value]
-
-
-def checkpoint_directory(source: str | Path) -> Path:
-    """Return the local directory of a checkpoint given as a directory or as a hub id.
-
-    Of a hub repository only JSON, tokenizer and safetensors files are downloaded; no code and no pickle ever
-    is.
-
-    Raises
-    ------
-    CheckpointError
-        There is no such directory, or the hub id cannot be resolved (unknown, or offline and not in the
-        cache).
-    """
-    name = str(source)
-    try:
-        path = Path(source).expanduser()
-        if path.is_dir():
-            return path
-    except (OSError, RuntimeError, ValueError) as error:  # an unknown ~user, a name with a NUL byte
-        raise CheckpointError(f"{name!r} is not a checkpoint directory ({first_line(error)}).") from error
-    if path.exists():
-        raise CheckpointError(
-            f"{name} is a file; give the directory that holds config.json and *.safetensors."
-        )
-    if isinstance(source, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise CheckpointError(
-            f"There is no checkpoint directory {name}. Give a directory or a hub id 'owner/name'."
-        )
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{name} is neither a directory here nor a checkpoint that the hub could provide "
-            f"({first_line(error)}). Check the name and the connection, or download it first and give its "
-            "directory."
-        ) from error
 
 
 def load_model(
@@ -149,7 +79,7 @@ def load_model(
     processes: int = 1,
     quantize: str | None = None,
 ) -> nn.Module:
-    """Load an InternVL checkpoint from safetensors, in ``dtype`` on ``device``.
+    """Load a checkpoint of a supported family from safetensors, in ``dtype`` on ``device``.
 
     Parameters
     ----------
@@ -167,15 +97,17 @@ def load_model(
         The attention heads cannot be shared out evenly, or the scheme cannot run.
     """
     directory = checkpoint_directory(source)
-    _check_config(directory)
-    files = _safetensors(directory)
-    from transformers import InternVLConfig, InternVLForConditionalGeneration
+    family = _checked_family(directory)
+    files = safetensors_of(directory)
+    import transformers
 
-    loader: Any = InternVLForConditionalGeneration
+    _check_version(transformers.__version__)
+    loader: Any = getattr(transformers, family.architecture)
     try:
-        config = InternVLConfig.from_pretrained(directory, local_files_only=True)
-        sharding = {} if processes == 1 else _sharding(directory, config.text_config, processes)
-        if _holds_lm_head(files):  # InternVLConfig ties by default, whatever the checkpoint holds
+        config = loader.config_class.from_pretrained(directory, local_files_only=True)
+        family.check_config(config)
+        sharding = {} if processes == 1 else _sharding(directory, family, config, processes)
+        if _holds_lm_head(files):  # some configurations tie by default, whatever the checkpoint holds
             config.tie_word_embeddings = False
         with _bar_for(files):
             model, info = loader.from_pretrained(
@@ -188,15 +120,16 @@ def load_model(
                 output_loading_info=True,
                 **sharding,
             )
-    except ConfigError:
+    except SGLError:
         raise
     except Exception as error:  # transformers and safetensors raise many kinds; each means: cannot be loaded
         raise CheckpointError(f"{directory} could not be loaded: {first_line(error)}") from error
     _check_tensors(directory, info)
+    layers = getattr(model.model, family.decoder).layers
     if sharding:
-        _use_local_weights(model)
+        _use_local_weights(layers)
     if quantize is not None:
-        quantize_linears(model.model.language_model.layers, quantize, device)
+        quantize_linears(layers, quantize, device)
     return model.to(device).eval()
 
 
@@ -206,40 +139,37 @@ def view(model: nn.Module) -> ModelView:
     Raises
     ------
     CheckpointError
-        The model is not an InternVL model, or its text model needs what the loop does not do (sliding
+        The model is of no supported family, or its text model needs what the loop does not do (sliding
         windows, partial rotary dimensions, rotary types that depend on the length).
     """
     config: Any = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "internvl" or not hasattr(model, "lm_head"):
-        raise CheckpointError(
-            f"Expected transformers' InternVLForConditionalGeneration, got {type(model).__name__} "
-            f"of model type {getattr(config, 'model_type', None)!r}."
-        )
-    body, text = model.model, config.text_config
-    decoder: Any = body.language_model  # type: ignore[union-attr]
-    _check_text_model(text, decoder)
-    attention = decoder.layers[0].self_attn
-    num_heads = attention.q_proj.weight.shape[0] // attention.head_dim
+    kind = family_of(getattr(config, "model_type", None))
+    if not hasattr(model, "lm_head"):
+        raise CheckpointError(f"Expected transformers' {kind.architecture}, got {type(model).__name__}.")
+    kind.check_config(config)
+    family, text = kind(model), config.text_config
+    decoder: Any = getattr(model.model, kind.decoder)
+    _check_text_model(kind, text, decoder)
+    attention, weight = decoder.layers[0].self_attn, decoder.embed_tokens.weight
+    num_heads, num_kv_heads = _num_heads(attention, text)
+    like = torch.empty(0, dtype=weight.dtype, device=weight.device)
     return ModelView(
-        image_features=lambda pixels: _image_features(model, pixels),
+        family=family,
         embed=decoder.embed_tokens,
         layers=tuple(_layer_view(layer) for layer in decoder.layers),
         norm=decoder.norm,
         lm_head=model.lm_head,  # type: ignore[arg-type]
-        rotary=decoder.rotary_emb,
+        rope=lambda positions: family.rope(decoder.rotary_emb, like, positions),
         processes=text.num_attention_heads // num_heads,
         num_heads=num_heads,
-        num_kv_heads=attention.k_proj.weight.shape[0] // attention.head_dim,
+        num_kv_heads=num_kv_heads,
         head_dim=attention.head_dim,
         softmax_scale=float(attention.scaling),
-        context=text.max_position_embeddings,
+        context=_context(text),
         vocab_size=text.vocab_size,
-        image_token_id=config.image_token_id,
-        tokens_per_tile=_tokens_per_tile(config),
-        tile_size=_pair(config.vision_config.image_size),
         eos_ids=_eos_ids(model),
-        device=decoder.embed_tokens.weight.device,
-        dtype=decoder.embed_tokens.weight.dtype,
+        device=weight.device,
+        dtype=weight.dtype,
         generation_config=getattr(model, "generation_config", None),
     )
 
@@ -303,60 +233,37 @@ def load_tokenizer(directory: Path) -> Any:
     return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
-def image_processor(**settings: Any) -> Any:
-    """Return InternVL's image processor in its PIL form, the one that needs no torchvision."""
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-
-    return GotOcr2ImageProcessorPil(**settings)
-
-
-def tiled_canvas(size: tuple[int, int], tile: tuple[int, int], fewest: int, most: int) -> tuple[int, int]:
-    """Return (columns, rows) of the tiles that an image of ``size`` (height, width) is cut into."""
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
-
-    return get_optimal_tiled_canvas(size, tile, fewest, most)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in ``path``; CheckpointError when it cannot be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} could not be read as JSON: {first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, expected a JSON object.")
-    return value
-
-
-def _check_config(directory: Path) -> None:
+def _checked_family(directory: Path) -> type[Family]:
+    """Return the family of a checkpoint whose config.json is whole."""
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{directory} is not a checkpoint directory: it holds no config.json.")
     config = read_json(path)
-    kind = config.get("model_type")
-    if kind == "internvl_chat" or "llm_config" in config:
+    if config.get("model_type") == "internvl_chat" or "llm_config" in config:
         raise CheckpointError(
-            f"{directory} is in the InternVLChatModel format, which is not supported yet. Use the checkpoint "
-            "converted to transformers' own format (on the hub its name ends in '-hf')."
+            f"{directory} is in the InternVLChatModel format, which needs remote code. Convert it first: "
+            f"sgl-vlm convert {directory} OUT"
         )
-    if kind != "internvl":
-        raise CheckpointError(f"{directory} holds a model of type {kind!r}; supported is 'internvl'.")
-    for part in ("text_config", "vision_config"):  # transformers would build its default, of many gigabytes
+    try:
+        family = family_of(config.get("model_type"))
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory} cannot be used. {error}") from error
+    for part in family.parts:
         if not isinstance(config.get(part), dict):
-            raise CheckpointError(f"{path} lacks {part}; it is not a whole InternVL configuration.")
+            raise CheckpointError(f"{path} lacks {part}; it is not a whole configuration.")
+    return family
 
 
-def _safetensors(directory: Path) -> list[Path]:
-    files = sorted(directory.glob("*.safetensors"))
-    if files:
-        return files
-    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"{directory} holds its weights only as pickles ({', '.join(pickles[:3])}), which can run code "
-            "when loaded and are refused. Convert the checkpoint to safetensors on a machine that trusts it."
+def _check_version(version: str) -> None:
+    """Warn of a transformers release that nobody has tried; it may well work."""
+    found = tuple(int(part) for part in version.split(".")[:2])
+    if not _TESTED[0] <= found <= _TESTED[1]:
+        oldest, newest = (".".join(map(str, tested)) for tested in _TESTED)
+        log.warning(
+            "transformers %s is not among the releases that were tested, %s to %s. If a model misbehaves, "
+            "install one of those.",
+            *(version, oldest, newest),
         )
-    raise CheckpointError(f"{directory} holds no weights: expected model.safetensors or its shards.")
 
 
 @contextmanager
@@ -375,10 +282,11 @@ def _bar_for(files: list[Path]) -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def _sharding(directory: Path, text: Any, processes: int) -> dict[str, Any]:
+def _sharding(directory: Path, family: type[Family], config: Any, processes: int) -> dict[str, Any]:
     """Return what makes ``from_pretrained`` share a decoder out to ``processes`` processes."""
     from transformers.distributed import DistributedConfig
 
+    text, decoder = config.text_config, f"model.{family.decoder}"
     heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
     if heads % processes or kv_heads % processes:
         raise ConfigError(
@@ -386,18 +294,18 @@ def _sharding(directory: Path, text: Any, processes: int) -> dict[str, Any]:
             f"cannot share evenly. Start torchrun with --nproc-per-node set to a divisor of both, at most "
             f"{math.gcd(heads, kv_heads)}."
         )
-    plan = {f"model.language_model.{name}": style for name, style in text.base_model_tp_plan.items()}
+    plan = {f"{decoder}.{name}": style for name, style in text.base_model_tp_plan.items()}
     if text.vocab_size % processes == 0:  # transformers 5.17 leaves these two to us and cannot split unevenly
-        plan["model.language_model.embed_tokens"] = "embedding_rowwise"
+        plan[f"{decoder}.embed_tokens"] = "embedding_rowwise"
         plan["lm_head"] = "colwise_gather_output"
     return {"distributed_config": DistributedConfig(tp_size=processes, tp_plan=plan)}
 
 
-def _use_local_weights(model: Any) -> None:
+def _use_local_weights(layers: nn.Module) -> None:
     """Unwrap the decoder layers' DTensors, as each call would: plain tensors can be joined and quantised."""
     from torch.distributed.tensor import DTensor
 
-    for module in model.model.language_model.layers.modules():
+    for module in layers.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             if isinstance(weight, DTensor):
                 setattr(module, name, nn.Parameter(weight.to_local(), requires_grad=False))
@@ -427,12 +335,16 @@ def _check_tensors(directory: Path, info: dict[str, Any]) -> None:
             raise CheckpointError(f"{directory} {what} tensors: {', '.join(names[:10])}{more}.")
 
 
-def _check_text_model(text: Any, decoder: Any) -> None:
-    if text.model_type not in TEXT_MODELS:
+def _check_text_model(family: type[Family], text: Any, decoder: Any) -> None:
+    if text.model_type not in family.text_models:
         raise CheckpointError(
-            f"The text model is of type {text.model_type!r}; supported are {', '.join(TEXT_MODELS)}."
+            f"The text model is of type {text.model_type!r}; {family.architecture} is supported with "
+            f"{', '.join(family.text_models)}."
         )
-    if any(getattr(layer.self_attn, "sliding_window", None) for layer in decoder.layers):
+    windows = [getattr(layer.self_attn, "sliding_window", None) for layer in decoder.layers]
+    if text.model_type in ("mistral", "phi3"):  # these keep it in the configuration, for every layer
+        windows = [text.sliding_window]
+    if any(window is not None and window < _context(text) for window in windows):
         raise CheckpointError("The text model has sliding-window layers, which are not supported.")
     rope_type = getattr(decoder.rotary_emb, "rope_type", "default")
     if rope_type not in ROPE_TYPES:
@@ -447,43 +359,44 @@ def _check_text_model(text: Any, decoder: Any) -> None:
         )
 
 
+def _context(text: Any) -> int:
+    """Return how many tokens the text model takes with one set of rotary frequencies."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond it every position, also of cached keys, turns otherwise
+        known = rope.get("original_max_position_embeddings", None)
+        return int(known or text.original_max_position_embeddings)
+    return int(text.max_position_embeddings)
+
+
+def _num_heads(attention: Any, text: Any) -> tuple[int, int]:
+    """Return the query and KV heads of this process."""
+    if hasattr(attention, "qkv_proj"):
+        return text.num_attention_heads, text.num_key_value_heads
+    return tuple(p.weight.shape[0] // attention.head_dim for p in (attention.q_proj, attention.k_proj))
+
+
 def _layer_view(layer: Any) -> Layer:
-    attention = layer.self_attn
+    attention, mlp = layer.self_attn, layer.mlp
+    if hasattr(attention, "qkv_proj"):
+        qkv = [attention.qkv_proj]
+    else:
+        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+    gate_up: list[nn.Module] = []
+    is_dense = hasattr(mlp, "down_proj")
+    if is_dense:
+        gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
     return Layer(
         input_norm=layer.input_layernorm,
-        q_proj=attention.q_proj,
-        k_proj=attention.k_proj,
-        v_proj=attention.v_proj,
+        qkv=qkv,
         q_norm=getattr(attention, "q_norm", None),
         k_norm=getattr(attention, "k_norm", None),
         o_proj=attention.o_proj,
         post_norm=layer.post_attention_layernorm,
-        gate_proj=layer.mlp.gate_proj,
-        up_proj=layer.mlp.up_proj,
-        activation=layer.mlp.act_fn,
-        down_proj=layer.mlp.down_proj,
+        gate_up=gate_up,
+        activation=getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None) if is_dense else None,
+        down_proj=mlp.down_proj if is_dense else None,
+        experts=None if is_dense else mlp,
     )
-
-
-def _image_features(model: Any, pixel_values: Tensor) -> Tensor:
-    output = model.get_image_features(
-        pixel_values=pixel_values,
-        vision_feature_layer=model.config.vision_feature_layer,
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-        return_dict=True,
-    )
-    return output.pooler_output  # (tiles, tokens, hidden_size)
-
-
-def _tokens_per_tile(config: Any) -> int:
-    height, width = _pair(config.vision_config.image_size)
-    patch_height, patch_width = _pair(config.vision_config.patch_size)
-    ratio = config.downsample_ratio
-    return int(height // patch_height * ratio) * int(width // patch_width * ratio)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (int(value[0]), int(value[1])) if isinstance(value, (list, tuple)) else (int(value), int(value))
 
 
 def _eos_ids(model: Any) -> frozenset[int]:
@@ -492,9 +405,3 @@ def _eos_ids(model: Any) -> frozenset[int]:
         if ids is not None:
             return frozenset(ids if isinstance(ids, (list, tuple)) else [ids])
     return frozenset()
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its kind."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

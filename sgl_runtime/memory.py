@@ -101,6 +101,7 @@ class DecodeState:
     ----------
     token : (B,) int64, the last token chosen, which the next step feeds
     position : (B,) int32, where it goes: tokens fed so far, pruned ones included
+    turned : (B,) int32, what its rotary position has more than that (M-RoPE)
     dropped : (B,) int32, visual tokens that layers from the prune layer on lack
     count, limit : (B,) int32, tokens chosen so far, and at most
     finished, failed : (B,) bool; failed when a token's log-probability was not finite
@@ -111,6 +112,7 @@ class DecodeState:
 
     token: Tensor
     position: Tensor
+    turned: Tensor
     dropped: Tensor
     count: Tensor
     limit: Tensor
@@ -133,6 +135,7 @@ class DecodeState:
         return cls(
             token=zeros(batch, dtype=torch.int64),
             position=zeros(batch, dtype=torch.int32),
+            turned=zeros(batch, dtype=torch.int32),
             dropped=zeros(batch, dtype=torch.int32),
             count=zeros(batch, dtype=torch.int32),
             limit=zeros(batch, dtype=torch.int32),
@@ -154,6 +157,7 @@ class DecodeState:
         """Finish every request, so that a step changes nothing."""
         self.finished.fill_(True)
         self.position.zero_()
+        self.turned.zero_()
         self.dropped.zero_()
         self.count.zero_()
         self.failed.zero_()
@@ -179,7 +183,14 @@ class DecodeState:
         self.mass[rows] = pad(mass, (0, more))
 
     def begin(
-        self, rows: Tensor, logits: Tensor, draft: Tensor, limit: int, seq_lens: Tensor, kept_lens: Tensor
+        self,
+        rows: Tensor,
+        logits: Tensor,
+        draft: Tensor,
+        limit: int,
+        seq_lens: Tensor,
+        kept_lens: Tensor,
+        next_angle: Tensor,
     ) -> Tensor:
         """Start requests in ``rows`` (B,) with what their prefill says; return accepted draft tokens (B,).
 
@@ -193,6 +204,8 @@ class DecodeState:
             Longest answer, at most T + 1 when there is a draft.
         seq_lens, kept_lens : (B,) int32
             Tokens of the prompt before and after pruning.
+        next_angle : (B,) int32
+            The rotary position behind the prompt.
         """
         token, logprob = sgl_kernels.greedy_token(logits)  # (B, T + 1)
         column = torch.arange(token.shape[1], device=token.device)
@@ -209,6 +222,7 @@ class DecodeState:
         self.count[rows] = count.int()
         self.limit[rows] = limit
         self.position[rows] = seq_lens + count.int() - 1
+        self.turned[rows] = next_angle - seq_lens
         self.dropped[rows] = seq_lens - kept_lens
         self.failed[rows] = failed
         self.finished[rows] = ends | failed | (count >= limit)

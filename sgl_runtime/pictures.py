@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,46 +10,52 @@ from PIL import Image
 
 from sgl_runtime.files import whole_file
 
-Tiling = tuple[int, int, bool]  # columns, rows, whether a thumbnail of the whole image follows
 _DIM = 0.22  # brightness of dropped patches
+_SIDE = 384  # of a map, in points
 
 
-def token_map(values: np.ndarray, tiling: Tiling) -> tuple[np.ndarray, np.ndarray | None]:
-    """Put one value per visual token back into the picture.
+def token_maps(values: np.ndarray, boxes: np.ndarray) -> list[np.ndarray]:
+    """Put one value per visual token of an image back into the picture.
 
     Parameters
     ----------
     values : (N,)
-        In prompt order: tile by tile, each a square grid, row by row; the thumbnail last.
-    tiling
-        From `Processor.tiling`.
+        In prompt order.
+    boxes : (N, 3, 2)
+        What each token covers: ``visual_cells`` of the processor's output.
 
     Returns
     -------
-    picture : (rows * side, columns * side)
-    thumbnail : (side, side) or None
+    list of (384, 384)
+        One for each time that the tokens go over the image: tiles, then a thumbnail.
 
     Raises
     ------
     ValueError
-        The number of values is not that of the tiles.
+        There are not as many boxes as values.
     """
-    columns, rows, has_thumbnail = tiling
-    tiles = columns * rows + has_thumbnail
-    side = math.isqrt(len(values) // tiles)
-    if tiles * side * side != len(values):
-        raise ValueError(f"{len(values)} visual tokens do not fill {tiles} square tiles; is it one image?")
-    grids = np.asarray(values).reshape(tiles, side, side)
-    picture = grids[: columns * rows].reshape(rows, columns, side, side).swapaxes(1, 2)
-    return picture.reshape(rows * side, columns * side), grids[-1] if has_thumbnail else None
+    if len(values) != len(boxes):
+        raise ValueError(f"{len(values)} values came for {len(boxes)} visual tokens; is it one image?")
+    maps, covered = [], 1.0
+    for value, (_, rows, columns), before in zip(values, boxes, [None, *boxes[:-1]], strict=True):
+        if before is not None and np.array_equal(before[1:], (rows, columns)):
+            continue  # a newline, which stands where the last patch of its row does
+        if covered > 0.999:
+            maps.append(np.zeros((_SIDE, _SIDE)))
+            covered = 0.0
+        (top, bottom), (left, right) = (
+            np.rint(np.multiply(side, _SIDE)).astype(int) for side in (rows, columns)
+        )
+        maps[-1][top:bottom, left:right] = value
+        covered += float((rows[1] - rows[0]) * (columns[1] - columns[0]))
+    return maps
 
 
 def save_guidance(
     path: Path,
     image: Image.Image,
-    mass: np.ndarray,
-    kept: np.ndarray,
-    tiling: Tiling,
+    heat: list[np.ndarray],
+    seen: list[np.ndarray],
     *,
     title: str,
     note: str,
@@ -63,27 +68,19 @@ def save_guidance(
         Written whole or not at all.
     image
         The RGB image the question was about.
-    mass : (N,)
-        Attention received by each visual token.
-    kept : (num_keep,)
-        Which visual tokens the large VLM keeps.
-    tiling
-        From `Processor.tiling`.
+    heat
+        Attention received by each visual token, from `token_maps`.
+    seen
+        1 for visual tokens that the large VLM keeps, else 0, from `token_maps`.
     title, note
-        One line above the picture and one above its third panel.
+        One line above the picture and one above the panel of what is kept.
     """
-    heat, thumbnail = token_map(mass, tiling)
-    is_kept = np.zeros(len(mass))
-    is_kept[kept] = 1.0
-    seen, seen_thumbnail = token_map(is_kept, tiling)
-    panels = [
-        (image, None, "image"),
-        (image, heat, "attention received in the small VLM"),
-        (_dim(image, seen), None, note),
-    ]
-    if thumbnail is not None and seen_thumbnail is not None:
-        panels.insert(2, (image, thumbnail, "the same on the thumbnail"))
-        panels.append((_dim(image, seen_thumbnail), None, "kept on the thumbnail"))
+    panels: list[tuple[Image.Image, Any, str]] = [(image, None, "image")]
+    for number, values in enumerate(heat):
+        where = "" if number == 0 else ", whole image" if number == len(heat) - 1 else f", pass {number + 1}"
+        panels.append((image, values, f"attention received in the small VLM{where}"))
+    for number, values in enumerate(seen):
+        panels.append((_dim(image, values), None, note if number == 0 else "kept on the whole image"))
     _save_panels(path, panels, title)
 
 

@@ -6,7 +6,7 @@ large VLM as one batch. A single request is a batch of one. A request that fails
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from sgl_runtime import hf, parallel
+from sgl_runtime.checkpoints import checkpoint_directory, resolve_device, resolve_dtype
 from sgl_runtime.clock import Clock
 from sgl_runtime.config import SGLConfig
 from sgl_runtime.engine import VLM
 from sgl_runtime.errors import BatchError, PromptError, SGLError
-from sgl_runtime.images import Image
 from sgl_runtime.overlap import Worker
-from sgl_runtime.processing import Processor
+from sgl_runtime.processing import Message, Processor, Visuals
 from sgl_runtime.quantize import check_scheme
 from sgl_runtime.requests import Prompt
 from sgl_runtime.runner import Outcome, Runner
 
-Images = Image | Sequence[Image]
+Question = str | Sequence[Message]
 Inputs = Mapping[str, Any]
 
 
@@ -51,8 +51,8 @@ class SGLResult:
         (S_kept,) int64, ascending positions in the large VLM's prompt (text and visual) that layers from the
         prune layer on saw; None when ``exited``.
     kept_visual
-        (num_keep,) int64, which visual tokens (0 to N_v - 1, indices into ``mass``) are among them; None when
-        ``exited``.
+        (num_keep,) int64, which of the large VLM's visual tokens (0 to N_v - 1, indices into ``mass`` when
+        both VLMs see the same grid) are among them; None when ``exited``.
     accepted_draft
         Leading tokens of the small answer that the large VLM took over; 0 without a draft or when ``exited``.
     timings
@@ -113,7 +113,7 @@ class SGLPipeline:
             large.with_compiled(compiled),
             config,
             self._worker,
-            _same_tokens(small_processor, large_processor),
+            _translator(small_processor, large_processor, large.model.eos_ids),
         )
         self.prune_layer = self._runner.prune_layer
 
@@ -144,8 +144,7 @@ class SGLPipeline:
         Parameters
         ----------
         small, large
-            Checkpoints of transformers' ``InternVLForConditionalGeneration``, safetensors only; no code is
-            run.
+            Checkpoints of supported families (README), safetensors only; no code is run.
         config
             Settings; default ``SGLConfig()``.
         device
@@ -162,18 +161,18 @@ class SGLPipeline:
         CheckpointError, ConfigError
             A checkpoint cannot be used, or a setting does not fit it.
         """
-        place, processes = hf.resolve_device(device), 1
+        place, processes = resolve_device(device), 1
         if tensor_parallel:
             processes, place = parallel.join(place)
-        compute = hf.resolve_dtype(dtype, place)
+        compute = resolve_dtype(dtype, place)
         if quantize is not None:
             check_scheme(quantize, place, compute)
         options: dict[str, Any] = {"processes": processes, "quantize": quantize}
         parts = []
         for name, source, more in (("small", small, {}), ("large", large, options)):
-            directory = hf.checkpoint_directory(source)
+            directory = checkpoint_directory(source)
             vlm = VLM(hf.load_model(directory, place, compute, **more), name)
-            parts.append((vlm, Processor.from_directory(directory, vlm.model)))
+            parts.append((vlm, Processor.from_directory(directory, vlm.model.family)))
         (small_vlm, small_processor), (large_vlm, large_processor) = parts
         return cls(
             small_vlm,
@@ -187,8 +186,7 @@ class SGLPipeline:
     def from_models(
         cls, small_model: nn.Module, large_model: nn.Module, config: SGLConfig | None = None
     ) -> SGLPipeline:
-        """Wrap two ``InternVLForConditionalGeneration`` modules in memory; use `generate` with processor
-        outputs.
+        """Wrap two models of transformers in memory; use `generate` with processor outputs.
 
         The modules are used as they are, on their device and in their dtypes, and switched to eval mode. The
         weights of q, k and v, and of gate and up, become views of joint ones: change them in place, but do
@@ -223,15 +221,16 @@ class SGLPipeline:
         """
         self._runner.warm_up()
 
-    def __call__(self, images: Images, prompt: str) -> SGLResult:
-        """Answer ``prompt`` about one image or a list of them.
+    def __call__(self, images: Visuals, prompt: Question) -> SGLResult:
+        """Answer ``prompt`` about one image or video, or a list of them.
 
         Parameters
         ----------
         images
-            Paths, ``PIL.Image`` objects or encoded bytes. URLs are never fetched.
+            Paths, ``PIL.Image`` objects, encoded bytes, or `Video`. URLs are never fetched.
         prompt
-            The question. ``<image>`` marks where each image goes; without any mark the images come first.
+            The question, or a conversation: messages with "role" (system, user, assistant) and "content".
+            ``<image>`` and ``<video>`` mark where each goes; without any mark they come first.
 
         Raises
         ------
@@ -240,7 +239,7 @@ class SGLPipeline:
         """
         return _only_result(*self._batch([(images, prompt)]))
 
-    def batch(self, requests: Sequence[tuple[Images, str]]) -> list[SGLResult]:
+    def batch(self, requests: Sequence[tuple[Visuals, Question]]) -> list[SGLResult]:
         """Answer several ``(images, prompt)`` requests together; each gets what it gets alone.
 
         Raises
@@ -258,8 +257,11 @@ class SGLPipeline:
         Parameters
         ----------
         small_inputs, large_inputs
-            For each VLM ``input_ids`` (1, S) int64 and ``pixel_values`` (tiles, 3, height, width) floats.
-            Both must have the same number of visual tokens: the i-th of one stands for the i-th of the other.
+            For each VLM ``input_ids`` (1, S) int64 and what its vision tower takes, ``pixel_values`` and
+            more, as transformers' processor makes them. Both must have the same number of visual tokens: the
+            i-th of one stands for the i-th of the other. Or both say which image each token belongs to and
+            what it covers, in ``visual_image`` (N,) and ``visual_cells`` (N, 3, 2), as our processors do: masses
+            are then resampled where the grids differ.
         """
         return _only_result(*self._run([(small_inputs, large_inputs)], {}, self._clock()))
 
@@ -269,7 +271,7 @@ class SGLPipeline:
         return _all_results(*self._run(list(requests), {}, self._clock()))
 
     def _batch(
-        self, requests: Sequence[tuple[Images, str]]
+        self, requests: Sequence[tuple[Visuals, Question]]
     ) -> tuple[list[SGLResult | None], dict[int, SGLError]]:
         if self.small_processor is None or self.large_processor is None:
             raise PromptError(
@@ -355,11 +357,23 @@ def _all_results(results: list[SGLResult | None], errors: dict[int, SGLError]) -
     return [result for result in results if result is not None]
 
 
-def _same_tokens(small: Processor | None, large: Processor | None) -> bool:
-    """Whether an id means the same to both VLMs; without tokenizers it is taken to."""
-    if small is None or large is None:
-        return True
-    return small.tokenizer.get_vocab() == large.tokenizer.get_vocab()
+def _translator(
+    small: Processor | None, large: Processor | None, eos_ids: frozenset[int]
+) -> Callable[[list[int]], list[int]]:
+    """Return what turns the small VLM's answers into drafts.
+
+    Ids mean the same to both where the vocabularies are equal, whatever their padded sizes, and without
+    tokenizers they are taken to. Else the text is tokenised anew.
+    """
+    if small is None or large is None or small.tokenizer.get_vocab() == large.tokenizer.get_vocab():
+        return list
+    from_small, to_large = small.tokenizer, large.tokenizer
+
+    def translate(token_ids: list[int]) -> list[int]:
+        text = from_small.decode(token_ids, skip_special_tokens=True)
+        return [*to_large(text, add_special_tokens=False)["input_ids"], *sorted(eos_ids)[:1]]
+
+    return translate
 
 
 def _text(processor: Processor | None, token_ids: list[int]) -> str | None:

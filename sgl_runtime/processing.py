@@ -1,42 +1,34 @@
-"""Images and a prompt to `input_ids` and `pixel_values`, as transformers' InternVLProcessor makes them.
+"""Images, videos and a conversation to what a VLM takes, as transformers' processors make it.
 
-InternVLProcessor itself cannot be built without torchvision; the tokenizer and the PIL image processor can.
+Those processors cannot all be built without torchvision; tokenizers and PIL image processors can. What
+differs between families is in their `Preprocessor`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
-from PIL import Image as PILImage
 from torch import Tensor
 
 from sgl_runtime import hf
+from sgl_runtime.checkpoints import first_line, read_json
 from sgl_runtime.errors import CheckpointError, PromptError
+from sgl_runtime.families import Family, Prepared, Preprocessor
 from sgl_runtime.images import Image, open_image
+from sgl_runtime.videos import Video, open_video
 
-PLACEHOLDER = "<image>"
+MARKS = {"<image>": "image", "<video>": "video"}
+_MARK = re.compile("|".join(MARKS))
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_PIXEL_SETTINGS = (
-    "size",
-    "do_resize",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-    "resample",
-    "min_patches",
-    "max_patches",
-)
-_TOKENS = {
-    "start_image_token": "<img>",
-    "end_image_token": "</img>",
-    "context_image_token": "<IMG_CONTEXT>",
-}
+_ROLES = ("system", "user", "assistant")
+
+Visuals: TypeAlias = Image | Video | Sequence[Image | Video]
+Message: TypeAlias = Mapping[str, Any]
+Part = dict[str, str]
 
 
 class Processor:
@@ -45,34 +37,25 @@ class Processor:
     Parameters
     ----------
     tokenizer
-        A transformers tokenizer that knows ``<img>``, ``</img>`` and ``<IMG_CONTEXT>``.
-    image_settings
-        Keyword arguments of ``GotOcr2ImageProcessorPil``.
-    tokens_per_tile
-        Visual tokens of one tile.
+        A transformers tokenizer that knows the preprocessor's visual tokens.
+    preprocessor
+        That of the model's family.
     template
-        Chat template (Jinja) that takes precedence over the tokenizer's own, as in InternVLProcessor; without
-        any, the images come first, then the prompt.
+        Chat template (Jinja) that takes precedence over the tokenizer's own; without any, the parts of the
+        conversation follow each other as they are.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        image_settings: dict[str, Any],
-        tokens_per_tile: int,
-        template: str | None = None,
-    ) -> None:
+    def __init__(self, tokenizer: Any, preprocessor: Preprocessor, template: str | None = None) -> None:
         self.tokenizer = tokenizer
-        self.tokens_per_tile = tokens_per_tile
+        self.preprocessor = preprocessor
         template = template or tokenizer.chat_template
         self.template = template.get("default") if isinstance(template, dict) else template
-        self.image_processor = hf.image_processor(**image_settings)
-        self.start, self.end, self.context = (
-            getattr(tokenizer, name, None) or default for name, default in _TOKENS.items()
-        )
+        marks = {"image": preprocessor.image_mark, "video": preprocessor.video_mark}
+        self._marks = {kind: mark for kind, mark in marks.items() if mark is not None}
+        self._find = re.compile("|".join(re.escape(mark) for mark in self._marks.values()))
 
     @classmethod
-    def from_directory(cls, directory: Path, model: hf.ModelView) -> Processor:
+    def from_directory(cls, directory: Path, family: Family) -> Processor:
         """Load the tokenizer and the image settings that lie beside a checkpoint.
 
         Raises
@@ -88,156 +71,207 @@ class Processor:
             tokenizer = hf.load_tokenizer(directory)
         except Exception as error:  # transformers raises many kinds; each means: no usable tokenizer
             raise CheckpointError(
-                f"{directory}: the tokenizer could not be loaded ({hf.first_line(error)})."
+                f"{directory}: the tokenizer could not be loaded ({first_line(error)})."
             ) from error
-        settings = _image_settings(directory)
+        return cls.of(directory, tokenizer, _image_settings(directory), family, _chat_template(directory))
+
+    @classmethod
+    def of(
+        cls, source: Path, tokenizer: Any, settings: dict[str, Any], family: Family, template: str | None
+    ) -> Processor:
+        """Put a processor together for a model; ``source`` names it in messages."""
         try:
-            processor = cls(tokenizer, settings, model.tokens_per_tile, _chat_template(directory))
-            processor.image_processor(images=PILImage.new("RGB", (8, 8)))
-        except Exception as error:  # whatever wrong settings make the image processor raise
-            raise CheckpointError(
-                f"{directory}: the image settings do not work ({hf.first_line(error)})."
-            ) from error
-        known = tokenizer.convert_tokens_to_ids(processor.context)
-        if known != model.image_token_id:
-            raise CheckpointError(
-                f"{directory}: the tokenizer gives {processor.context} the id {known}, the model expects "
-                f"{model.image_token_id}. The tokenizer does not belong to the model."
-            )
-        size: Any = processor.image_processor.size
-        if (size.height, size.width) != model.tile_size:
-            raise CheckpointError(
-                f"{directory}: the image settings make tiles of {size.height} x {size.width}, the model "
-                f"takes {model.tile_size[0]} x {model.tile_size[1]}."
-            )
+            processor = cls(tokenizer, family.preprocessor(settings, tokenizer, family), template)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source}: {error}") from error
+        for name, expected in zip(processor.preprocessor.visual_tokens, family.visual_ids, strict=True):
+            known = tokenizer.convert_tokens_to_ids(name)
+            if known != expected:
+                raise CheckpointError(
+                    f"{source}: the tokenizer gives {name} the id {known}, the model expects {expected}. The "
+                    "tokenizer does not belong to the model."
+                )
         return processor
 
-    def __call__(self, images: Image | Sequence[Image], prompt: str) -> dict[str, Tensor]:
-        """Return ``input_ids`` and ``pixel_values`` of one request.
+    def __call__(self, visuals: Visuals, prompt: str | Sequence[Message]) -> dict[str, Tensor]:
+        """Return the inputs of one request.
 
         Parameters
         ----------
-        images
-            One image or a list: paths, encoded bytes or ``PIL.Image``.
+        visuals
+            One image or video, or a list: paths, encoded bytes, ``PIL.Image``, `Video`.
         prompt
-            The user's text. ``<image>`` marks where each image goes; without any mark the images come first.
+            The user's text, or a conversation: messages with "role" (system, user, assistant) and "content".
+            ``<image>`` and ``<video>`` mark where each goes; without any mark they come first in the first
+            message of the user.
 
         Returns
         -------
         dict
-            ``input_ids`` (1, S) int64 and ``pixel_values`` (tiles, 3, height, width) fp32.
+            ``input_ids`` (1, S) int64, the tensors of the family's vision tower, and what each of the N
+            visual tokens covers: ``visual_image`` (N,) int64 and ``visual_cells`` (N, 3, 2) fp32, see
+            `sgl_runtime.mapping.Cells`.
 
         Raises
         ------
         ImageError, PromptError
-            A bad image, no image, an empty prompt, or marks that do not match the images.
+            A bad image or video, none at all, an empty prompt, or marks that do not match.
         """
-        sources: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
-        content = self._content(prompt, len(sources))
-        tiles, counts = self._tiles(sources)
-        first, *rest = self._render(content, len(sources)).split(self.context)
-        spans = [f"{self.start}{self.context * self.tokens_per_tile * count}{self.end}" for count in counts]
-        text = first + "".join(span + piece for span, piece in zip(spans, rest, strict=True))
+        sources: list[Any] = list(visuals) if isinstance(visuals, (list, tuple)) else [visuals]
+        kinds = ["video" if isinstance(source, Video) else "image" for source in sources]
+        text = self._render(self._conversation(prompt, kinds), kinds)
+        parts = [self._prepared(source) for source in sources]
+        first, *rest = self._find.split(text)
+        text = first + "".join(part.text + piece for part, piece in zip(parts, rest, strict=True))
         bos = self.tokenizer.bos_token
         with_special = not (bos is not None and text.startswith(bos))
         ids = self.tokenizer(text, add_special_tokens=with_special)["input_ids"]
-        return {"input_ids": torch.tensor([ids], dtype=torch.int64), "pixel_values": tiles}
+        owners = [torch.full((len(part.cells),), i) for i, part in enumerate(parts)]
+        return {
+            "input_ids": torch.tensor([ids], dtype=torch.int64),
+            **self.preprocessor.merge(parts),
+            "visual_image": torch.cat(owners),
+            "visual_cells": torch.cat([part.cells for part in parts]),
+        }
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return token ids as text, without special tokens and outer blanks."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
 
-    def tiling(self, image: Image) -> tuple[int, int, bool]:
-        """Return (columns, rows, thumbnail): how an image is cut into tiles, left to right, top to bottom.
+    def _prepared(self, source: Any) -> Prepared:
+        if isinstance(source, Video):
+            return self.preprocessor.video(*open_video(source))
+        return self.preprocessor.image(open_image(source))
 
-        The tokens of a tile are a square grid, row by row; a thumbnail of the whole image is the last tile.
-        """
-        settings: Any = self.image_processor
-        if not settings.crop_to_patches or settings.max_patches <= 1:
-            return 1, 1, False
-        width, height = open_image(image).size
-        tile = (settings.size.height, settings.size.width)
-        columns, rows = hf.tiled_canvas((height, width), tile, settings.min_patches, settings.max_patches)
-        return columns, rows, columns * rows > 1
-
-    def _content(self, prompt: str, num_images: int) -> list[dict[str, str]]:
-        """Return the user's message as a list of image and text parts."""
-        if num_images == 0:
+    def _conversation(self, prompt: str | Sequence[Message], kinds: list[str]) -> list[dict[str, Any]]:
+        """Return the messages, each with its content as a list of parts, images and videos in place."""
+        if not kinds:
             raise PromptError("A request needs at least one image, got none.")
-        if not isinstance(prompt, str) or not prompt.replace(PLACEHOLDER, "").strip():
-            raise PromptError(f"The prompt must be a text that asks something, got {prompt!r}.")
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            raise PromptError(f"The prompt is not valid text: {prompt!r} holds bytes that are not UTF-8.")
-        if self.context in prompt:
+        for kind in kinds:
+            if kind not in self._marks:
+                raise PromptError(f"The model takes no {kind}s; give single frames as images.")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        turns = [_turn(message) for message in _checked(messages)]
+        marked = [part["type"] for turn in turns for part in turn["content"] if part["type"] != "text"]
+        if marked and marked != kinds:
             raise PromptError(
-                f"The prompt holds the reserved token {self.context}; write {PLACEHOLDER} instead."
+                f"The prompt marks places for {_listed(marked)}, but there came {_listed(kinds)}."
             )
-        marks = prompt.count(PLACEHOLDER)
-        if marks == 0:
-            return [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
-        if marks != num_images:
+        asks = next((turn for turn in turns if turn["role"] == "user"), None)
+        if asks is None or turns[-1]["role"] != "user" or not _text(turns[-1]).strip():
             raise PromptError(
-                f"The prompt marks {marks} places with {PLACEHOLDER}, but there are {num_images} images."
+                f"The prompt must be a text that asks something, got {_text(turns[-1]) if turns else ''!r}."
             )
-        first, *rest = prompt.split(PLACEHOLDER)
-        parts = [{"type": "text", "text": first}]
-        for text in rest:
-            parts += [{"type": "image"}, {"type": "text", "text": text}]
-        return [part for part in parts if part.get("text") != ""]
+        for turn in turns:
+            self._check_text(_text(turn))
+        if not marked:
+            asks["content"] = [{"type": kind} for kind in kinds] + asks["content"]
+        return turns
 
-    def _render(self, content: list[dict[str, str]], num_images: int) -> str:
-        """Return the prompt as text, with one context token for each image."""
-        flat = "".join(part.get("text", f"{self.context}\n") for part in content)
+    def _check_text(self, text: str) -> None:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise PromptError(f"The prompt is not valid text: {text!r} holds bytes that are not UTF-8.")
+        for token in (*self.preprocessor.visual_tokens, *self._marks.values()):
+            if token in text:
+                raise PromptError(f"The prompt holds the reserved token {token}; write <image> instead.")
+
+    def _render(self, turns: list[dict[str, Any]], kinds: list[str]) -> str:
+        """Return the conversation as text, with the preprocessor's mark for each image and video."""
+        wanted = [self._marks[kind] for kind in kinds]
+        flat = [{**turn, "content": self._flat(turn["content"])} for turn in turns]
         if self.template is None:
-            return flat
-        failure = f"does not put {self.context} once for each of {num_images} images"
-        for message in (content, flat):  # some templates take parts, others only a string
+            return "".join(turn["content"] for turn in flat)
+        failure = f"does not put {' '.join(dict.fromkeys(wanted))} once for each of {len(kinds)} images"
+        for messages in (turns, flat):  # some templates take parts, others only a string
             try:
                 text = self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": message}],
-                    chat_template=self.template,
-                    add_generation_prompt=True,
-                    tokenize=False,
+                    messages, chat_template=self.template, add_generation_prompt=True, tokenize=False
                 )
             except Exception as error:  # Jinja and the template itself raise what they like
-                failure = f"fails: {hf.first_line(error)}"
+                failure = f"fails: {first_line(error)}"
                 continue
-            if text.count(self.context) == num_images:
+            if self._find.findall(text) == wanted:
                 return text
         raise CheckpointError(f"The checkpoint's chat template {failure}.")
 
-    def _tiles(self, sources: Sequence[Any]) -> tuple[Tensor, list[int]]:
-        """Return all tiles (tiles, 3, height, width) and how many each image has."""
-        tiles: list[np.ndarray] = []
-        counts = []
-        for source in sources:
-            features = self.image_processor(images=open_image(source))
-            tiles += features["pixel_values"]
-            counts.append(int(features["num_patches"][0]))
-        return torch.from_numpy(np.stack(tiles)).float(), counts
+    def _flat(self, parts: list[Part]) -> str:
+        return "".join(
+            part["text"] if part["type"] == "text" else f"{self._marks[part['type']]}\n" for part in parts
+        )
+
+
+def _checked(messages: Any) -> list[Message]:
+    """Return the messages of a conversation; PromptError when it is anything else."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise PromptError(
+            f"The prompt must be a text that asks something, or a list of messages, got {messages!r}."
+        )
+    for message in messages:
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if role not in _ROLES or "content" not in message:
+            raise PromptError(
+                f"A message must have a role ({', '.join(_ROLES)}) and a content, got {message!r}."
+            )
+    return list(messages)
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    """Return a message whose content is a list of parts, its marks split off."""
+    content = message["content"]
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, (list, tuple)):
+        raise PromptError(f"A message's content must be a text or a list of parts, got {content!r}.")
+    parts: list[Part] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts += _split(part["text"])
+        elif kind in ("image", "video"):
+            parts.append({"type": kind})
+        else:
+            raise PromptError(
+                'A part of a message must be {"type": "text", "text": ...}, {"type": "image"} or '
+                f'{{"type": "video"}}, got {part!r}.'
+            )
+    return {"role": message["role"], "content": parts}
+
+
+def _split(text: str) -> list[Part]:
+    """Return a text as parts, with images and videos where it marks them."""
+    parts: list[Part] = []
+    at = 0
+    for mark in _MARK.finditer(text):
+        parts += [{"type": "text", "text": text[at : mark.start()]}, {"type": MARKS[mark.group()]}]
+        at = mark.end()
+    parts.append({"type": "text", "text": text[at:]})
+    return [part for part in parts if part.get("text") != ""]
+
+
+def _text(turn: dict[str, Any]) -> str:
+    return "".join(part.get("text", "") for part in turn["content"])
+
+
+def _listed(kinds: list[str]) -> str:
+    return " ".join(f"<{kind}>" for kind in kinds) if len(kinds) < 9 else f"{len(kinds)} images"
 
 
 def _image_settings(directory: Path) -> dict[str, Any]:
-    """Return the arguments of the image processor, from preprocessor_config.json or processor_config.json."""
+    """Return the image settings of a checkpoint, and the processor's that they lack."""
     preprocessor, processor = directory / "preprocessor_config.json", directory / "processor_config.json"
-    outer = hf.read_json(processor) if processor.is_file() else {}
-    inner = hf.read_json(preprocessor) if preprocessor.is_file() else outer.get("image_processor")
+    outer = read_json(processor) if processor.is_file() else {}
+    inner = read_json(preprocessor) if preprocessor.is_file() else outer.get("image_processor")
     if not isinstance(inner, dict):
         raise CheckpointError(
-            f"{directory} holds no preprocessor_config.json: tile size, mean and std are unknown."
+            f"{directory} holds no preprocessor_config.json: size, mean and std of its images are unknown."
         )
-    missing = [name for name in ("size", "image_mean", "image_std") if inner.get(name) is None]
-    if missing:
-        raise CheckpointError(f"{directory}/preprocessor_config.json lacks {', '.join(missing)}.")
-    settings = {name: inner[name] for name in _PIXEL_SETTINGS if inner.get(name) is not None}
-    # InternVLProcessor cuts images into tiles whatever the image settings beside it say.
-    declared = "InternVLProcessor" in (outer.get("processor_class"), inner.get("processor_class"))
-    settings["crop_to_patches"] = declared or bool(inner.get("crop_to_patches", False))
+    settings = {**outer, **inner}
+    settings["processor_class"] = outer.get("processor_class") or inner.get("processor_class")
     return settings
 
 
 def _chat_template(directory: Path) -> str | None:
     """Return the template of older checkpoints, which keep it in chat_template.json."""
     path = directory / "chat_template.json"
-    template = hf.read_json(path).get("chat_template") if path.is_file() else None
+    template = read_json(path).get("chat_template") if path.is_file() else None
     return template if isinstance(template, str) else None

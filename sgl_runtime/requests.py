@@ -13,7 +13,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sgl_runtime import hf
+from sgl_runtime.decoder import Rows
 from sgl_runtime.errors import PromptError, SGLError
+from sgl_runtime.families.base import Visual, describe
+from sgl_runtime.mapping import Cells
 from sgl_runtime.memory import bucket, draft_bucket
 
 
@@ -24,21 +27,29 @@ class Prompt:
     Attributes
     ----------
     input_ids : (1, S) int64
-    pixel_values : (tiles, 3, height, width), compute dtype
+    visuals : what goes through the vision tower, in prompt order, floats in the compute dtype
     visual_index : (1, N) int32, positions of the visual tokens, ascending
     text_rows : (1, R) int32, positions of the text tokens after the first visual token: the rows that count
     spans : lengths of the runs of adjacent visual tokens
+    positions : (3, S) int64, rotary positions; None: 0, 1, ...
+    cells : which image and which part of it each visual token covers; None when the processor did not say
     """
 
     input_ids: Tensor
-    pixel_values: Tensor
+    visuals: list[Visual]
     visual_index: Tensor
     text_rows: Tensor
     spans: tuple[int, ...]
+    positions: Tensor | None
+    cells: Cells | None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.input_ids, self.pixel_values, self.visual_index, self.text_rows
+        pixels = [tensor for visual in self.visuals for tensor in visual.tensors.values()]
+        rest = [] if self.positions is None else [self.positions]
+        if self.cells is not None:
+            rest += [self.cells.image, self.cells.boxes]
+        return self.input_ids, self.visual_index, self.text_rows, *pixels, *rest
 
     @property
     def length(self) -> int:
@@ -48,6 +59,13 @@ class Prompt:
     def num_visual(self) -> int:
         return self.visual_index.shape[1]
 
+    @property
+    def image_of(self) -> Tensor:
+        """(N,) int64, the number of each visual token's image; that of its run where nobody said."""
+        if self.cells is not None:
+            return self.cells.image
+        return torch.arange(len(self.spans)).repeat_interleave(torch.tensor(self.spans))
+
 
 @dataclass(frozen=True, eq=False)
 class Request:
@@ -55,13 +73,19 @@ class Request:
 
     Attributes
     ----------
-    hidden : (1, S, C), text embeddings and image features
+    rows : text embeddings and image features (1, S, C), rotary angles, DeepStack planes
+    next_angle : the rotary position behind the prompt
     finite : () bool, whether all image features are
     """
 
     prompt: Prompt
-    hidden: Tensor
+    rows: Rows
+    next_angle: int
     finite: Tensor
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.rows.hidden
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,19 +133,21 @@ class Group:
     Attributes
     ----------
     members : the requests' numbers in the batch, which are their rows in the cache too
-    rows : (B,) int64, the same on the device
-    seq_lens : (B,) int32
+    at : (B,) int64, the same on the device
+    seq_lens, next_angle : (B,) int32, tokens of the prompts, and the rotary positions behind them
     visual_index : (B, S) int32, -1 behind the last visual token
-    embedded, hidden : (B, S, C), what entered the first layer, and the prune layer
+    rows : what entered the first layer
+    hidden : (B, S, C), what entered the prune layer
     mass : (B, S) fp32, of the visual slots; None unless asked for
     """
 
     requests: list[Request]
     members: list[int]
-    rows: Tensor
+    at: Tensor
     seq_lens: Tensor
+    next_angle: Tensor
     visual_index: Tensor
-    embedded: Tensor
+    rows: Rows
     hidden: Tensor
     mass: Tensor | None = None
 
@@ -130,21 +156,32 @@ class Group:
         """Tokens of the longest prompt."""
         return max(request.prompt.length for request in self.requests)
 
+    @property
+    def begun(self) -> Rows:
+        """What entered the prune layer."""
+        return replace(self.rows, hidden=self.hidden)
+
     def only(self, members: Iterable[int]) -> Group | None:
         """Return the group without the requests that are not in ``members``; None when none is left."""
         members = set(members)
-        at = [i for i, member in enumerate(self.members) if member in members]
-        if len(at) == len(self.members):
+        left = [i for i, member in enumerate(self.members) if member in members]
+        if len(left) == len(self.members):
             return self
-        if not at:
+        if not left:
             return None
-        index = torch.tensor(at, device=self.rows.device)
-        tensors = ("rows", "seq_lens", "visual_index", "embedded", "hidden", "mass")
+        index = torch.tensor(left, device=self.at.device)
+        every, planes = self.rows, tuple(plane[index] for plane in self.rows.planes)
+        rows = Rows(every.hidden[index], every.cos[index], every.sin[index], planes)
+        tensors = ("at", "seq_lens", "next_angle", "visual_index", "hidden", "mass")
         picked: dict[str, Any] = {
             name: None if getattr(self, name) is None else getattr(self, name)[index] for name in tensors
         }
         return replace(
-            self, requests=[self.requests[i] for i in at], members=[self.members[i] for i in at], **picked
+            self,
+            requests=[self.requests[i] for i in left],
+            members=[self.members[i] for i in left],
+            rows=rows,
+            **picked,
         )
 
     def padded_rows(self) -> Tensor:
@@ -157,7 +194,7 @@ class Group:
         """Return the members' drafts, (B, T + 1) int64, padded with -1: T to feed, one more to verify."""
         width = draft_bucket(max(len(drafts[member]) for member in self.members) - 1) + 1
         padded = [[*drafts[member], *[-1] * (width - len(drafts[member]))] for member in self.members]
-        return torch.tensor(padded, device=self.rows.device)
+        return torch.tensor(padded, device=self.at.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,93 +227,117 @@ def make_prompt(model: hf.ModelView, name: str, inputs: Mapping[str, Any]) -> Pr
     model, name
         The VLM, and its name in messages.
     inputs
-        ``input_ids`` (1, S) or (S,) integers and ``pixel_values`` (tiles, 3, height, width) floats;
-        ``attention_mask``, if there, must be all ones.
+        ``input_ids`` (1, S) or (S,) integers, and the tensors that the family's vision tower takes, as
+        transformers' processors make them; ``attention_mask``, if there, must be all ones. Our own
+        processors add ``visual_image`` (N,) and ``visual_cells`` (N, 3, 2), see `sgl_runtime.mapping.Cells`.
 
     Raises
     ------
     PromptError
-        Wrong shapes or ids, no image, visual tokens that do not match the tiles, or a prompt that ends in
+        Wrong shapes or ids, no image, visual tokens that do not match the images, or a prompt that ends in
         one.
     """
-    ids, pixels = _checked_inputs(model, name, inputs)
-    visual = ids == model.image_token_id  # (S,)
+    ids = _checked_ids(model, name, inputs)
+    family = model.family
+    try:
+        visuals = family.visuals({**inputs, "input_ids": ids[None]})
+    except PromptError as error:
+        raise PromptError(f"The {name} VLM's inputs: {error}") from error
+    visual = torch.isin(ids, torch.tensor(family.visual_ids))  # (S,)
     positions = visual.nonzero()[:, 0]
-    per_tile = model.tokens_per_tile
-    if len(positions) != pixels.shape[0] * per_tile:
+    wanted = sum(each.tokens for each in visuals)
+    if not visuals or len(positions) != wanted:
+        per_visual = _shortened([each.tokens for each in visuals])
         raise PromptError(
             f"The {name} VLM's prompt has {len(positions)} visual tokens (id "
-            f"{model.image_token_id}), but {pixels.shape[0]} tiles of {per_tile} tokens need "
-            f"{pixels.shape[0] * per_tile}."
+            f"{', '.join(map(str, family.visual_ids))}), but its images need {wanted}: {per_visual}."
         )
     if visual[-1]:
         raise PromptError(f"The {name} VLM's prompt ends in a visual token; it must end in text.")
     text = (~visual).nonzero()[:, 0]
     jumps = (positions.diff() != 1).nonzero()[:, 0] + 1
     bounds = [0, *jumps.tolist(), len(positions)]
+    angles = family.positions(ids, visuals)
+    device = model.device
     return Prompt(
-        input_ids=ids[None].to(model.device),
-        pixel_values=pixels.to(model.device, model.dtype),
-        visual_index=positions[None].int().to(model.device),
-        text_rows=text[text > positions[0]][None].int().to(model.device),
+        input_ids=ids[None].to(device),
+        visuals=[_placed(each, device, model.dtype) for each in visuals],
+        visual_index=positions[None].int().to(device),
+        text_rows=text[text > positions[0]][None].int().to(device),
         spans=tuple(b - a for a, b in pairwise(bounds)),
+        positions=None if angles is None else angles.to(device),
+        cells=_cells(name, inputs, len(positions), device),
     )
 
 
-def check_match(small: Prompt, large: Prompt) -> None:
-    """Raise PromptError unless the i-th visual token of one prompt can stand for the i-th of the other."""
-    if small.num_visual != large.num_visual:
-        raise PromptError(
-            f"The small VLM has {small.num_visual} visual tokens and the large VLM {large.num_visual}; "
-            "guidance needs equal counts. Use two VLMs of one family, with the same tile settings."
-        )
-    if len(small.spans) == len(large.spans) and small.spans != large.spans:
-        raise PromptError(
-            f"The images' visual tokens differ: {list(small.spans)} in the small VLM and {list(large.spans)} "
-            "in the large VLM. Use two VLMs of one family, with the same tile settings."
-        )
+def _cells(name: str, inputs: Mapping[str, Any], count: int, device: torch.device) -> Cells | None:
+    image, boxes = inputs.get("visual_image"), inputs.get("visual_cells")
+    if image is None and boxes is None:
+        return None
+    for what, value, shape in (("visual_image", image, (count,)), ("visual_cells", boxes, (count, 3, 2))):
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+            raise PromptError(f"The {name} VLM's {what} must be a tensor {shape}, got {describe(value)}.")
+    assert image is not None
+    assert boxes is not None
+    return Cells(image.to(device, torch.int64), boxes.to(device, torch.float32))
+
+
+def _placed(visual: Visual, device: torch.device, dtype: torch.dtype) -> Visual:
+    tensors = {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+        for name, tensor in visual.tensors.items()
+    }
+    return Visual(tensors, visual.tokens)
+
+
+def _shortened(counts: list[int]) -> str:
+    shown = " + ".join(map(str, counts[:8]))
+    return f"{shown} + ... ({len(counts)} in all)" if len(counts) > 8 else shown or "there are none"
 
 
 def _group(requests: list[Request], members: list[int], length: int) -> Group:
     prompts = [request.prompt for request in requests]
-    hidden = torch.cat([pad(r.hidden, (0, 0, 0, length - r.prompt.length)) for r in requests])
-    device = hidden.device
+
+    def joined(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([pad(tensor, (0, 0, 0, length - tensor.shape[1])) for tensor in tensors])
+
+    every = [request.rows for request in requests]
+    rows = Rows(
+        joined([rows.hidden for rows in every]),
+        joined([rows.cos for rows in every]),
+        joined([rows.sin for rows in every]),
+        tuple(joined(list(planes)) for planes in zip(*(rows.planes for rows in every), strict=True)),
+    )
+    device = rows.hidden.device
+
+    def counts(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
     return Group(
         requests=requests,
         members=members,
-        rows=torch.tensor(members, device=device),
-        seq_lens=torch.tensor([p.length for p in prompts], dtype=torch.int32, device=device),
+        at=torch.tensor(members, device=device),
+        seq_lens=counts([prompt.length for prompt in prompts]),
+        next_angle=counts([request.next_angle for request in requests]),
         visual_index=torch.cat([pad(p.visual_index, (0, length - p.num_visual), value=-1) for p in prompts]),
-        embedded=hidden,
-        hidden=hidden,
+        rows=rows,
+        hidden=rows.hidden,
     )
 
 
-def _checked_inputs(model: hf.ModelView, name: str, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _checked_ids(model: hf.ModelView, name: str, inputs: Mapping[str, Any]) -> Tensor:
     who = f"The {name} VLM's"
     if not isinstance(inputs, Mapping):
         raise PromptError(f"{who} inputs must be a mapping with input_ids and pixel_values, got {inputs!r}.")
-    ids, pixels, mask = (inputs.get(key) for key in ("input_ids", "pixel_values", "attention_mask"))
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.squeeze(0).dim() != 1 or not ids.numel():
-        raise PromptError(f"{who} input_ids must be an integer tensor (1, S), got {_describe(ids)}.")
-    if not isinstance(pixels, Tensor) or pixels.dim() != 4 or not pixels.shape[0]:
-        raise PromptError(
-            f"{who} pixel_values must be a tensor (tiles, 3, height, width), got {_describe(pixels)}. "
-            "A request needs at least one image."
-        )
-    if tuple(pixels.shape[1:]) != (3, *model.tile_size):
-        want = (3, *model.tile_size)
-        raise PromptError(f"{who} tiles must be {want}, got {tuple(pixels.shape[1:])}.")
+        raise PromptError(f"{who} input_ids must be an integer tensor (1, S), got {describe(ids)}.")
     ids = ids.reshape(-1).long().cpu()
     if ids.min() < 0 or ids.max() >= model.vocab_size:
         raise PromptError(
             f"{who} input_ids must be in 0 to {model.vocab_size - 1}, got {int(ids.min())} to "
             f"{int(ids.max())}. Does the tokenizer belong to the model?"
         )
-    if isinstance(mask, Tensor) and not bool((mask == 1).all()):
+    if mask is not None and not bool((torch.as_tensor(mask) == 1).all()):
         raise PromptError(f"{who} attention_mask must be all ones: give one request, without padding.")
-    return ids, pixels
-
-
-def _describe(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    return ids

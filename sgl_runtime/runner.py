@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sgl_runtime import hf, parallel
+from sgl_runtime import parallel
+from sgl_runtime.checkpoints import first_line
 from sgl_runtime.clock import Clock
 from sgl_runtime.config import SGLConfig, num_kept
 from sgl_runtime.engine import VLM
 from sgl_runtime.errors import ConfigError, MemoryLimitError, PromptError, SGLError
 from sgl_runtime.guidance import Guidance, agree_on, guide
+from sgl_runtime.matching import check_match, num_keep, rank
 from sgl_runtime.memory import batch_bucket
 from sgl_runtime.overlap import Worker
-from sgl_runtime.requests import Answer, Prefix, Prompt, Prune, check_match
+from sgl_runtime.requests import Answer, Prefix, Prompt, Prune
 
 Pair = tuple[Prompt, Prompt]  # of the small and the large VLM
 
@@ -42,12 +44,17 @@ class Runner:
 
     Parameters
     ----------
-    shares_tokens
-        Whether an id means the same to both VLMs, so that the small answer can be the large one's draft.
+    translate
+        Token ids of the small VLM to ids that say the same to the large one: its draft.
     """
 
     def __init__(
-        self, small: VLM, large: VLM, config: SGLConfig, worker: Worker, shares_tokens: bool
+        self,
+        small: VLM,
+        large: VLM,
+        config: SGLConfig,
+        worker: Worker,
+        translate: Callable[[list[int]], list[int]] = list,
     ) -> None:
         self.small = small
         self.large = large
@@ -55,7 +62,8 @@ class Runner:
         self.prune_layer = config.layer_of(large.num_layers)
         self._worker = worker
         self._prunes = config.keep_ratio < 1
-        self._drafts = config.draft and shares_tokens
+        self._drafts = config.draft
+        self._translate = translate
         self._shared = large.model.processes > 1
         if small.model.device != large.model.device:
             raise ConfigError(
@@ -133,7 +141,7 @@ class Runner:
             for size in sizes
         ]
         config = replace(self.config, exit_threshold=None)
-        patient = Runner(self.small, self.large, config, self._worker, self._drafts)
+        patient = Runner(self.small, self.large, config, self._worker)
         # More than two requests are compiled like two.
         return jobs + [(f"prefill x{n}", partial(patient._try_out, n)) for n in (1, 2)[:most]]
 
@@ -157,13 +165,8 @@ class Runner:
 
     def _try_out(self, count: int) -> None:
         """Answer a made-up request, ``count`` times in one batch."""
-        prompts = []
-        for vlm in (self.small, self.large):
-            view = vlm.model
-            text = next(i for i in range(view.vocab_size) if i != view.image_token_id)
-            ids = torch.tensor([*[view.image_token_id] * view.tokens_per_tile, text])
-            prompts.append(vlm.prompt({"input_ids": ids, "pixel_values": torch.zeros(1, 3, *view.tile_size)}))
-        self._run([(prompts[0], prompts[1])] * count, Clock(self.large.model.device))
+        small, large = (vlm.prompt(_example(vlm)) for vlm in (self.small, self.large))
+        self._run([(small, large)] * count, Clock(self.large.model.device))
 
     def _run(self, batch: list[Pair], clock: Clock) -> tuple[list[Outcome | SGLError], dict[str, float]]:
         large_prompts = [large for _, large in batch]
@@ -180,13 +183,13 @@ class Runner:
             staying = {i: g for i, g in enumerate(guidance) if isinstance(g, Guidance) and not self._exits(g)}
             answers: dict[int, Answer] = {}
             if staying and ahead is not None:
-                answers = self._answer_large(ahead.result(), large_prompts, staying, large_clock)
+                answers = self._answer_large(ahead.result(), batch, staying, large_clock)
                 self._worker.join()  # and forget what it left, gigabytes of hidden states among it
             elif staying:
                 self._worker.join()
-                left = [large_prompts[i] for i in staying]
+                left = [batch[i] for i in staying]
                 asked = dict(enumerate(staying.values()))
-                prefix = self._begin_large(left, large_clock)
+                prefix = self._begin_large([large for _, large in left], large_clock)
                 found = self._answer_large(prefix, left, asked, large_clock)
                 answers = {number: found[at] for at, number in enumerate(staying)}
         finally:
@@ -226,15 +229,15 @@ class Runner:
         )
 
     def _answer_large(
-        self, prefix: Prefix, prompts: list[Prompt], asked: dict[int, Guidance], clock: Clock
+        self, prefix: Prefix, batch: list[Pair], asked: dict[int, Guidance], clock: Clock
     ) -> dict[int, Answer]:
-        """Answer the requests in ``asked``, numbered as in ``prefix`` and ``prompts``."""
-        device, size = self.large.model.device, self.large.model.vocab_size
-        prunes = {
-            i: Prune(self.prune_layer, g.mass.to(device), self._num_keep(prompts[i]))
-            for i, g in asked.items()
-        }
-        drafts = {i: _known(g.answer.token_ids, size) for i, g in asked.items()}
+        """Answer the requests in ``asked``, numbered as in ``prefix`` and ``batch``."""
+        size = self.large.model.vocab_size
+        prunes, drafts = {}, {}
+        for i, guidance in asked.items():
+            ranking = rank(guidance.mass.to(self.large.model.device), *batch[i], self.config)
+            prunes[i] = Prune(self.prune_layer, ranking, self._num_keep(batch[i][1]))
+            drafts[i] = _known(self._translate(guidance.answer.token_ids), size)
         return self.large.answer(
             prefix,
             members=asked,
@@ -244,7 +247,7 @@ class Runner:
         )
 
     def _num_keep(self, prompt: Prompt) -> int:
-        return num_kept(prompt.num_visual, self.config.keep_ratio)
+        return num_keep(prompt, self.config)
 
     def _reserve(self, vlm: VLM) -> None:
         """Set memory aside for the largest run that the settings allow."""
@@ -274,7 +277,7 @@ class Runner:
                 f"Memory ran out with {batch} requests (max_batch={config.max_batch}, "
                 f"max_prompt_tokens={config.max_prompt_tokens}, max_new_tokens={config.max_new_tokens}; keys "
                 f"and values take {self.small.memory.allocated / 2**20:.0f} MiB in the small VLM and "
-                f"{self.large.memory.allocated / 2**20:.0f} MiB in the large one): {hf.first_line(error)} "
+                f"{self.large.memory.allocated / 2**20:.0f} MiB in the large one): {first_line(error)} "
                 "Lower max_batch, max_prompt_tokens or keep_ratio. The pipeline can go on."
             ) from error
 
@@ -293,3 +296,12 @@ def _is_out_of_memory(error: BaseException) -> bool:
     signs = ("out of memory", "allocate memory", "alloc_failed")  # of CUDA and its graphs, the CPU, cuBLAS
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or any(sign in str(error).lower() for sign in signs)
+
+
+def _example(vlm: VLM) -> dict[str, torch.Tensor]:
+    """Return a made-up request in which every visual token sees all of one image."""
+    family = vlm.model.family
+    inputs = family.example()
+    count = int(torch.isin(inputs["input_ids"], torch.tensor(family.visual_ids)).sum())
+    cells = torch.tensor([0.0, 1.0]).expand(count, 3, 2)
+    return {**inputs, "visual_image": torch.zeros(count, dtype=torch.int64), "visual_cells": cells}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sgl_runtime import compilation
-from sgl_runtime.decoder import Decoder, MassRows, Selection
+from sgl_runtime.decoder import Decoder, MassRows, Rows, Selection
 from sgl_runtime.graphs import ShapedGraphs, StepGraph
 from sgl_runtime.memory import DecodeState, KVCache, Memory
 
@@ -46,49 +46,57 @@ class Steps:
         self._graphs: WeakKeyDictionary[DecodeState, _Graphs] = WeakKeyDictionary()
 
     def lower(
-        self, hidden: Tensor, cache: KVCache | None, rows: Tensor, stop: int, mass: MassRows | None
+        self, rows: Rows, cache: KVCache | None, at: Tensor, stop: int, mass: MassRows | None
     ) -> Tensor:
         """`Decoder.lower`."""
         if self.compiled:
-            _vary(hidden, 0, 1)
-            _vary(rows, 0)
+            _vary_rows(rows)
+            _vary(at, 0)
             if mass is not None:
                 for tensor in (mass.text_rows, mass.visual_index, mass.mass[0]):
                     _vary(tensor, 0, 1)
-        return self._lower(hidden, cache, rows, stop, mass)
+        return self._lower(rows, cache, at, stop, mass)
 
     def guided(
-        self, hidden: Tensor, cache: KVCache, rows: Tensor, text_rows: Tensor, visual_index: Tensor
+        self, rows: Rows, cache: KVCache, at: Tensor, text_rows: Tensor, visual_index: Tensor
     ) -> tuple[Tensor, Tensor]:
         """`Decoder.lower` through all layers with mass: return hidden (B, S, C) and mass (B, S) fp32."""
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-            hidden, rows, text_rows, visual_index = inputs
+            at, text_rows, visual_index, hidden, cos, sin, *planes = inputs
             mass = torch.zeros(visual_index.shape, dtype=torch.float32, device=hidden.device)
             into = MassRows(text_rows, visual_index, [mass] * self._num_layers)
-            return self.lower(hidden, cache, rows, self._num_layers, into), mass
+            rows = Rows(hidden, cos, sin, tuple(planes))
+            return self.lower(rows, cache, at, self._num_layers, into), mass
 
-        inputs = (hidden, rows, text_rows, visual_index)
+        inputs = (at, text_rows, visual_index, rows.hidden, rows.cos, rows.sin, *rows.planes)
         hidden, mass = self._present_graphs().prefill(run, inputs) if self.captured else run(*inputs)
         return hidden, mass
 
     def draft_rows(
-        self, tokens: Tensor, seq_lens: Tensor, cache: KVCache, rows: Tensor, stop: int, columns: Tensor
+        self,
+        tokens: Tensor,
+        seq_lens: Tensor,
+        next_angle: Tensor,
+        cache: KVCache,
+        at: Tensor,
+        stop: int,
+        columns: Tensor,
     ) -> Tensor:
         """`Decoder.draft_rows`."""
         if self.compiled:
             _vary(tokens, 0, 1)
-            _vary(seq_lens, 0)
-            _vary(rows, 0)
-            _vary(columns, 0)
-        return self._draft_rows(tokens, seq_lens, cache, rows, stop, columns)
+            for tensor in (seq_lens, next_angle, at, columns):
+                _vary(tensor, 0)
+        return self._draft_rows(tokens, seq_lens, next_angle, cache, at, stop, columns)
 
     def upper(
         self,
-        hidden: Tensor,
+        rows: Rows,
         seq_lens: Tensor,
+        next_angle: Tensor,
         cache: KVCache | None,
-        rows: Tensor,
+        at: Tensor,
         start: int,
         selection: Selection | None,
         draft: Tensor | None,
@@ -96,8 +104,8 @@ class Steps:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`Decoder.upper`."""
         if self.compiled:
-            _vary(hidden, 0, 1)
-            for tensor in (seq_lens, rows):
+            _vary_rows(rows)
+            for tensor in (seq_lens, next_angle, at, columns):
                 _vary(tensor, 0)
             if selection is not None:
                 _vary(selection.num_keep, 0)
@@ -105,8 +113,7 @@ class Steps:
                     _vary(tensor, 0, 1)
             if draft is not None:
                 _vary(draft, 0, 1)
-            _vary(columns, 0)
-        return self._upper(hidden, seq_lens, cache, rows, start, selection, draft, columns)
+        return self._upper(rows, seq_lens, next_angle, cache, at, start, selection, draft, columns)
 
     def release(self) -> None:
         """Drop everything captured; it is captured again when needed."""
@@ -160,3 +167,8 @@ def _vary(tensor: Tensor, *dims: int) -> None:
     for dim in dims:
         if tensor.shape[dim] > 1:
             torch._dynamo.mark_dynamic(tensor, dim)
+
+
+def _vary_rows(rows: Rows) -> None:
+    for tensor in (rows.hidden, rows.cos, rows.sin, *rows.planes):
+        _vary(tensor, 0, 1)

@@ -1,0 +1,39 @@
+"""The families of VLMs that the runtime runs. To add one: docs/families.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sgl_runtime.errors import CheckpointError
+from sgl_runtime.families.base import Family, Features, Prepared, Preprocessor, Visual
+from sgl_runtime.families.internvl import InternVL
+
+FAMILIES: tuple[type[Family], ...] = (InternVL,)
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Features",
+    "Prepared",
+    "Preprocessor",
+    "Visual",
+    "family_of",
+]
+
+
+def family_of(model_type: Any) -> type[Family]:
+    """Return the family that reads configurations of ``model_type``.
+
+    Raises
+    ------
+    CheckpointError
+        None does; the message lists those that are supported.
+    """
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
+    raise CheckpointError(
+        f"Models of type {model_type!r} are not supported; supported are {known}. How to add one: "
+        "docs/families.md."
+    )

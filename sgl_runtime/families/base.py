@@ -57,6 +57,8 @@ class Family(ABC):
     text_models : ``model_type`` of the text models that are supported
     decoder : name of the text model inside ``model.model``
     video : whether it takes videos
+    preprocessor : the class that prepares images for it
+    parts : sub-configurations that config.json must hold; transformers would fill in defaults of gigabytes
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -64,13 +66,15 @@ class Family(ABC):
     text_models: ClassVar[tuple[str, ...]]
     decoder: ClassVar[str] = "language_model"
     video: ClassVar[bool] = False
+    preprocessor: ClassVar[type[Preprocessor]]
+    parts: ClassVar[tuple[str, ...]] = ("text_config", "vision_config")
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.config: Any = model.config
 
     @classmethod
-    def check_config(cls, config: Any) -> None:
+    def check_config(cls, config: Any) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise CheckpointError for a configuration that asks for what the runtime does not do."""
 
     @property
@@ -158,7 +162,7 @@ class Preprocessor(ABC):
     visual_tokens: tuple[str, ...]
 
     @abstractmethod
-    def __init__(self, settings: dict[str, Any], tokenizer: Any, family: Family | None) -> None:
+    def __init__(self, settings: dict[str, Any], tokenizer: Any, family: Family) -> None:
         """Build from a checkpoint's image settings.
 
         Parameters

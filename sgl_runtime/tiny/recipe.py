@@ -15,7 +15,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from sgl_runtime import hf
+from sgl_runtime.families.internvl import image_processor
 
 from .scenes import COLORS, DIGITS, LETTERS, SHAPES, SIZE
 
@@ -171,7 +171,7 @@ def _sincos_grid(side: int, width: int) -> torch.Tensor:
 def save_processing(path: Path) -> None:
     """Tokenizer, chat template and image settings, as they stand beside any checkpoint of the hub."""
     build_tokenizer().save_pretrained(path)
-    hf.image_processor(
+    image_processor(
         size={"height": SIZE, "width": SIZE},
         crop_to_patches=False,
         image_mean=[MEAN] * 3,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sgl_runtime import SGLConfig, SGLPipeline, hf
+from sgl_runtime import SGLConfig, SGLPipeline, checkpoints, hf
 from sgl_runtime.errors import CheckpointError, ConfigError
 
 from . import slow
@@ -72,7 +72,7 @@ def test_dtype(tmp_path: Path, stored: torch.dtype, asked: Any, expected: torch.
 
 
 def test_auto_dtype_on_cuda() -> None:
-    assert hf.resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert checkpoints.resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
 
 
 @pytest.mark.parametrize("tie", [None, True])
@@ -154,7 +154,7 @@ def test_hub_downloads_no_pickle_and_no_code(directory: Path, monkeypatch: pytes
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda name, **options: asked.update(options) or str(directory)
     )
-    assert hf.checkpoint_directory("owner/name") == directory
+    assert checkpoints.checkpoint_directory("owner/name") == directory
     from fnmatch import fnmatch
 
     def fetched(name: str) -> bool:
