@@ -143,12 +143,10 @@ class SmolVLMPreprocessor(Idefics3Preprocessor):
     video_mark = "<video>"
 
     def __init__(self, settings: dict[str, Any], tokenizer: Any, family: Family) -> None:
-        """Build from settings; ``video_sampling.video_size`` takes precedence over ``size`` for frames."""
+        """Build from settings; ``video_processor`` among them holds those of frames, if they differ."""
         super().__init__(settings, tokenizer, family)
         own = settings.get("video_processor") or settings
-        sampling = own.get("video_sampling") or {}
-        source, name = (sampling, "video_size") if "video_size" in sampling else (own, "size")
-        self.frame_edge = min(_longest_edge(source, name), _LONGEST_EDGE)
+        self.frame_edge = min(_longest_edge(own, "size"), _LONGEST_EDGE)
 
     def video(self, frames: Sequence[PILImage.Image], seconds: Sequence[float]) -> Prepared:
         """Prepare RGB frames of one size: ``pixel_values`` (frames, 3, H, W), ``pixel_attention_mask``."""

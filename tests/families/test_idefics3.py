@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ SETTINGS: dict[str, Any] = {
     "resample": 1,
     "rescale_factor": 1 / 255,
     "size": {"longest_edge": 4 * TILE},
-    "video_sampling": {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 3 * TILE}},
+    "video_sampling": {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 5 * TILE}},
 }
 KINDS = {"idefics3": (Idefics3, Idefics3Preprocessor), "smolvlm": (SmolVLM, SmolVLMPreprocessor)}
 SHAPES = [(100, 60), (60, 100), (56, 56), (57, 57), (30, 20), (400, 9), (3, 300), (1, 1), (224, 112)]
@@ -391,16 +392,24 @@ def test_numbers_in_words() -> None:
         idefics3._in_words(1000)
 
 
-@pytest.mark.parametrize("shape", [(90, 50), (50, 91), (300, 300)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "settings", "scaled"),
+    [
+        ((90, 50), {}, (224, 124)),
+        ((50, 91), {}, (124, 224)),
+        ((300, 300), {}, (224, 224)),
+        ((90, 50), {"video_processor": {"size": {"longest_edge": 168}}}, (168, 94)),
+    ],
+)
 def test_frames_are_scaled_twice(
-    smolvlm: tuple[SmolVLM, SmolVLMPreprocessor], shape: tuple[int, int]
+    tokenizer: Any, shape: tuple[int, int], settings: dict[str, Any], scaled: tuple[int, int]
 ) -> None:
-    """First to 168 pixels, the shorter edge even, then to the tile: as SmolVLMVideoProcessor does."""
-    sizes = {(90, 50): (168, 94), (50, 91): (92, 168), (300, 300): (168, 168)}
+    """First to the size, the shorter edge even, then to the tile: as SmolVLMVideoProcessor does."""
     frames = [picture(*shape, seed=i) for i in range(3)]
-    part = smolvlm[1].video(frames, [0.0, 1.0, 2.0])
+    family = SmolVLM(FAMILIES["smolvlm"].make_model())
+    part = prepare("smolvlm", family, tokenizer, **settings).video(frames, [0.0, 1.0, 2.0])
     lanczos = Image.Resampling.LANCZOS
-    squares = [frame.resize(sizes[shape], lanczos).resize((TILE, TILE), lanczos) for frame in frames]
+    squares = [frame.resize(scaled, lanczos).resize((TILE, TILE), lanczos) for frame in frames]
     wanted = torch.stack([torch.from_numpy(np.array(square)) for square in squares]).permute(0, 3, 1, 2)
     torch.testing.assert_close(part.tensors["pixel_values"], wanted / 127.5 - 1, rtol=0, atol=1e-6)
     assert part.tensors["pixel_attention_mask"].shape == (3, TILE, TILE)
@@ -412,7 +421,9 @@ def test_frames_are_those_of_the_video_processor(smolvlm: tuple[SmolVLM, SmolVLM
     from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
 
     frames = [picture(90, 50, seed=i) for i in range(3)]
-    processor = SmolVLMVideoProcessor(**{k: v for k, v in SETTINGS.items() if k != "image_seq_len"})
+    settings = copy.deepcopy(SETTINGS)  # which the processor writes into
+    del settings["image_seq_len"]
+    processor = SmolVLMVideoProcessor(**settings)
     found = processor([frames], return_tensors="pt")
     part = smolvlm[1].video(frames, [0.0, 1.0, 2.0])
     # Each of the two scalings may round a value of 0 ... 255 the other way.
