@@ -84,9 +84,9 @@ def draw_weights(model: torch.nn.Module) -> None:
             fan_in = weight.shape[-1] if "experts" in name else weight[0].numel()
             torch.nn.init.normal_(weight, std=fan_in**-0.5)
             if "q_proj" in name or "k_proj" in name:
-                weight *= 2
+                weight *= 1.5
             elif "self_attn.qkv_proj" in name:
-                weight[: -HIDDEN // 2] *= 2  # queries and keys; the values are as wide as half the queries
+                weight[: -HIDDEN // 2] *= 1.5  # queries and keys; the values are as wide as half the queries
         elif "q_norm" in name or "k_norm" in name:
             torch.nn.init.uniform_(weight, 1.0, 2.0)
         elif "bias" in name:
