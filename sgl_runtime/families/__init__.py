@@ -6,9 +6,26 @@ from typing import Any
 
 from sgl_runtime.errors import CheckpointError
 from sgl_runtime.families.base import Family, Features, Prepared, Preprocessor, Visual
+from sgl_runtime.families.gemma3 import Gemma3
+from sgl_runtime.families.idefics3 import Idefics3, SmolVLM
 from sgl_runtime.families.internvl import InternVL
+from sgl_runtime.families.llava import Llava, LlavaNext
+from sgl_runtime.families.llava_onevision import LlavaOnevision
+from sgl_runtime.families.qwen_vl import Qwen3VL, Qwen3VLMoe, Qwen25VL, QwenVL
 
-FAMILIES: tuple[type[Family], ...] = (InternVL,)
+FAMILIES: tuple[type[Family], ...] = (
+    InternVL,
+    QwenVL,
+    Qwen25VL,
+    Qwen3VL,
+    Qwen3VLMoe,
+    Llava,
+    LlavaNext,
+    LlavaOnevision,
+    Idefics3,
+    SmolVLM,
+    Gemma3,
+)
 
 __all__ = [
     "FAMILIES",

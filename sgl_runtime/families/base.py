@@ -73,8 +73,8 @@ class Family(ABC):
         self.model = model
         self.config: Any = model.config
 
-    @classmethod
-    def check_config(cls, config: Any) -> None:  # noqa: B027 - most have nothing to refuse
+    @classmethod  # noqa: B027 - most have nothing to refuse
+    def check_config(cls, config: Any) -> None:
         """Raise CheckpointError for a configuration that asks for what the runtime does not do."""
 
     @property
