@@ -1,4 +1,7 @@
-"""The command line: ``sgl-vlm demo | run | bench | env``. Bad input: one line on stderr, exit code 2."""
+"""The command line: ``sgl-vlm demo | run | bench | convert | env``.
+
+Bad input: one line on stderr, exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sgl_runtime.cli_convert import convert
 from sgl_runtime.errors import SGLError
 
 app = typer.Typer(
@@ -190,6 +194,9 @@ def bench(
         document = benchmark.run(benchmark.make_task(op, shape or [], backend, dtype or "bfloat16", device))
         text = benchmark.table(document)
     typer.echo(json.dumps(document, default=str) if as_json else text)
+
+
+app.command(epilog="Example: sgl-vlm convert InternVL2-2B InternVL2-2B-hf")(convert)
 
 
 @app.command(epilog="Example: sgl-vlm env --json")

@@ -26,8 +26,9 @@ _IMAGE_TOKENS = {
 }
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SPACE = "▁"
-_NORMAL, _USER_DEFINED, _BYTE = 1, 4, 6  # kinds of pieces
+_NORMAL, _UNKNOWN, _USER_DEFINED, _BYTE = 1, 2, 4, 6  # kinds of pieces
 _BPE = 2
+_ALL = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -113,25 +114,29 @@ def backend(model: SentencePieceModel, added: dict[int, Any], *, prefix_first_on
         models.BPE(
             {text: i for i, text in enumerate(pieces)},
             _merges(model, set(added)),
-            unk_token=pieces[0],
+            unk_token=pieces[next(i for i, piece in enumerate(model.pieces) if piece[2] == _UNKNOWN)],
             fuse_unk=True,
             byte_fallback=True,
         )
     )
+    trim, prefix = model.remove_extra_whitespaces, model.add_dummy_prefix
     steps: list[Any] = []
-    if model.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" +"), " ")]
-    if model.add_dummy_prefix and not prefix_first_only:
+    if trim:
+        steps += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" +"), " ")]
+    if prefix and not prefix_first_only:
         steps.append(normalizers.Prepend(_SPACE))
-    core.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
-    if model.add_dummy_prefix and prefix_first_only:
+    steps.append(normalizers.Replace(" ", _SPACE))
+    if trim:
+        steps.append(normalizers.Replace(Regex(rf"{_SPACE}+\z"), ""))
+    core.normalizer = normalizers.Sequence(steps)
+    if prefix and prefix_first_only:
         core.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
-    strip = [decoders.Strip(" ", left=1)] if model.add_dummy_prefix else []
+    strip = [decoders.Strip(" ", left=_ALL if trim else 1)] if trim or prefix else []
     core.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     for i, (text, _, kind) in enumerate(model.pieces):
-        if kind == _USER_DEFINED and i not in added:
+        if kind == _USER_DEFINED and i not in added and " " not in text:  # it looks for escaped blanks only
             core.add_tokens([AddedToken(text, normalized=True)])
     for i, token in sorted(added.items()):
         core.add_special_tokens([token]) if token.special else core.add_tokens([token])
@@ -239,6 +244,7 @@ def _parse_sentencepiece(data: bytes) -> SentencePieceModel:
         (trainer.get(3, 1) != _BPE, "another algorithm than BPE"),
         (sum(kind == _BYTE for _, _, kind in pieces) != 256, "no byte fallback"),
         (trainer.get(24, 0), "blanks behind the words"),
+        (all(kind != _UNKNOWN for _, _, kind in pieces), "no unknown piece"),
         (normalizer.get(2), "character normalisation"),
         (not normalizer.get(5, 1), "blanks that are not escaped"),
     ):
