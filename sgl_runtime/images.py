@@ -42,13 +42,21 @@ def open_image(source: Image, max_pixels: int | None = None) -> PILImage.Image:
     ImageError
         The source is a URL, missing, a directory, empty, not an image, damaged, or too large.
     """
-    limit = _limit() if max_pixels is None else max_pixels
     name, stream = _stream(source)
     try:
         image = source if isinstance(source, PILImage.Image) else _open(stream)
     except Exception as error:  # Pillow's decoders raise many kinds on damaged headers
-        raise ImageError(f"{name} is not an image that can be read ({_reason(error)}).") from error
-    width, height = image.size
+        raise ImageError(f"{name} is not an image that can be read ({reason(error)}).") from error
+    check_pixels(name, *image.size, max_pixels)
+    try:
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # decoding happens here: truncated and damaged data show up now
+        raise ImageError(f"{name} is damaged or cut short ({reason(error)}).") from error
+
+
+def check_pixels(name: str, width: int, height: int, max_pixels: int | None = None) -> None:
+    """Raise ImageError unless ``name`` has at least one pixel, and no more than `open_image` decodes."""
+    limit = _limit() if max_pixels is None else max_pixels
     if width * height == 0:
         raise ImageError(f"{name} has {width} x {height} pixels; an image needs at least one.")
     if width * height > limit:
@@ -56,10 +64,20 @@ def open_image(source: Image, max_pixels: int | None = None) -> PILImage.Image:
             f"{name} has {width} x {height} = {width * height:,} pixels; the limit is {limit:,}. Scale it "
             f"down, or raise the limit with the environment variable {MAX_PIXELS_VARIABLE}."
         )
-    try:
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # decoding happens here: truncated and damaged data show up now
-        raise ImageError(f"{name} is damaged or cut short ({_reason(error)}).") from error
+
+
+def refuse_url(name: str) -> None:
+    """Raise ImageError for a URL."""
+    if _URL.match(name):
+        raise ImageError(
+            f"{name[:200]} is a URL, and URLs are never fetched. Download it first and give the file."
+        )
+
+
+def reason(error: BaseException) -> str:
+    """Return the kind of an error and the first line of what it says."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def _stream(source: Image) -> tuple[str, Any]:
@@ -73,10 +91,7 @@ def _stream(source: Image) -> tuple[str, Any]:
     if not isinstance(source, (str, os.PathLike)):
         raise ImageError(f"An image must be a path, bytes or a PIL image, got {type(source).__name__}.")
     name = os.fspath(source)
-    if _URL.match(name):
-        raise ImageError(
-            f"{name[:200]} is a URL, and URLs are never fetched. Download it first and give the file."
-        )
+    refuse_url(name)
     try:
         path = Path(name).expanduser()
         if path.is_dir():
@@ -88,7 +103,7 @@ def _stream(source: Image) -> tuple[str, Any]:
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: an unknown ~user
         if isinstance(error, ImageError):
             raise
-        raise ImageError(f"{name!r} cannot be opened ({_reason(error)}).") from error
+        raise ImageError(f"{name!r} cannot be opened ({reason(error)}).") from error
     return name, path
 
 
@@ -120,8 +135,3 @@ def _limit() -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"{MAX_PIXELS_VARIABLE}={text!r} must be a positive integer.")
     return int(text)
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
