@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from sgl_runtime.checkpoints import first_line
-from sgl_runtime.errors import CheckpointError, PromptError
+from sgl_runtime.errors import CheckpointError, ImageError, PromptError
 from sgl_runtime.families.anyres import Layout, Tower, cells_between, shares
 from sgl_runtime.families.base import (
     Family,
@@ -24,6 +24,7 @@ from sgl_runtime.families.base import (
     tensor_of,
 )
 
+_LONGEST = 200  # times the side of a crop: that much of an image is enlarged before its middle is cut out
 _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 _PIXEL_SETTINGS = (
     "do_convert_rgb",
@@ -53,7 +54,18 @@ class LlavaPreprocessor(Preprocessor):
         self.visual_tokens = (self.image_mark,)
 
     def image(self, image: PILImage.Image) -> Prepared:
-        """Prepare one upright RGB image. A class token that is kept looks at all the crop shows."""
+        """Prepare one upright RGB image. A class token that is kept looks at all the crop shows.
+
+        Raises
+        ------
+        ImageError
+            The image is so long that its shorter side cannot be enlarged to a crop's in reasonable memory.
+        """
+        if max(self._resized((image.height, image.width))) > _LONGEST * self.tower.size:
+            raise ImageError(
+                f"An image of {image.width} x {image.height} pixels is too long: LLaVA-1.5 looks at a square "
+                f"of it; the longer side may be {_LONGEST} times the shorter one at most. Crop it."
+            )
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"]
         cells = self._cells(image.height, image.width)
         return Prepared({"pixel_values": pixels}, self.image_mark * len(cells), cells)
