@@ -185,6 +185,10 @@ class Preprocessor(ABC):
     def image(self, image: PILImage.Image) -> Prepared:
         """Prepare one upright RGB image."""
 
+    def images(self, images: Sequence[PILImage.Image]) -> list[Prepared]:
+        """Prepare all images of a request; overridden where it matters to an image how many there are."""
+        return [self.image(image) for image in images]
+
     def video(self, frames: Sequence[PILImage.Image], seconds: Sequence[float]) -> Prepared:
         """Prepare a video of RGB frames of one size, shown at ``seconds`` after its start."""
         raise PromptError(f"{type(self).__name__} takes images only, got a video.")

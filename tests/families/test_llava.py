@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 import transformers as tf
 from torch import Tensor
 
+from sgl_runtime.engine import VLM
 from sgl_runtime.errors import CheckpointError, ImageError, PromptError
 from sgl_runtime.families.base import Prepared, Preprocessor
 from sgl_runtime.families.llava import Llava, LlavaNext, LlavaNextPreprocessor, LlavaPreprocessor
+from sgl_runtime.processing import Processor
 
 from . import oracle
 from .llava import (
@@ -197,6 +200,16 @@ def test_layers_and_class_token_are_those_of_the_configuration(strategy: str, la
     torch.testing.assert_close(
         family.encode(visual).tokens, wanted.hidden[0, wanted.visual], rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next"])
+def test_the_processor_and_the_engine_take_them(name: str) -> None:
+    model = FAMILIES[name].make_model()
+    _, settings, _ = PREPROCESSORS[{"llava": "1.5 tiny", "llava_next": "next tiny"}[name]]
+    processor = Processor.of(Path("here"), tokenizer(), settings, FAMILY_OF[name](model), None)
+    inputs = processor([picture(60, 100), picture(28, 40)], "what is this")
+    prompt = VLM(model, "small").prompt(inputs)
+    assert sum(visual.tokens for visual in prompt.visuals) == len(inputs["visual_cells"])
 
 
 @pytest.mark.parametrize("name", FAMILY_OF)

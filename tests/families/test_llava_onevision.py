@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 import transformers as tf
 from torch import Tensor
 
+from sgl_runtime.engine import VLM
 from sgl_runtime.errors import CheckpointError, PromptError
 from sgl_runtime.families.llava_onevision import LlavaOnevision, LlavaOnevisionPreprocessor
+from sgl_runtime.processing import Processor
 
 from . import oracle
 from .llava import SHAPES, area, blinker, changes, common, overlap, picture, stub, tokenizer, with_white
@@ -213,6 +216,17 @@ def test_features_of_a_video_alone() -> None:
     for name in ("pixel_values", "image_sizes", "batch_num_images"):
         del inputs[name]
     assert_features(CASE.make_model(seed=3), inputs, 1)
+
+
+@pytest.mark.parametrize("shapes", [[(60, 100)], [(60, 100), (28, 40)]], ids=str)
+def test_the_processor_and_the_engine_take_them(shapes: list[tuple[int, int]]) -> None:
+    model = CASE.make_model()
+    engine = VLM(model, "small")
+    words, settings = tokenizer(), settings_of(model.config)
+    processor = Processor.of(Path("here"), words, settings, LlavaOnevision(model), None)
+    inputs = processor([picture(*shape) for shape in shapes], "what is this")
+    prompt = engine.prompt(inputs)
+    assert sum(visual.tokens for visual in prompt.visuals) == len(inputs["visual_cells"])
 
 
 @torch.no_grad()
