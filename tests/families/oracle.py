@@ -84,19 +84,24 @@ def greedy(model: Any, inputs: Inputs, max_new_tokens: int) -> list[int]:
 
 @torch.no_grad()
 def attention_matrices(case: Case, model: Any, prompt: Embedded, answer: list[int]) -> Tensor:
-    """Eager attention (layers, heads, S, S) over the prompt and all answer tokens but the last."""
+    """Eager attention (layers, heads, S, S) over the prompt and all answer tokens but the last.
+
+    The prompt's embeddings may be those of an fp32 model and ``model`` its copy in fp64.
+    """
     whole = extend(model, prompt, answer[:-1])
     options: dict[str, Any] = {}
     if whole.planes:
         is_visual = torch.zeros(1, whole.length, dtype=torch.bool)
         is_visual[0, whole.visual] = True
         options["visual_pos_masks"] = is_visual
-        options["deepstack_visual_embeds"] = [plane[0, whole.visual] for plane in whole.planes]
+        options["deepstack_visual_embeds"] = [
+            plane[0, whole.visual].to(model.dtype) for plane in whole.planes
+        ]
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
         out = decoder_of(case, model)(
-            inputs_embeds=whole.hidden,
+            inputs_embeds=whole.hidden.to(model.dtype),
             attention_mask=torch.ones(1, whole.length, dtype=torch.long),
             position_ids=whole.positions,
             output_attentions=True,

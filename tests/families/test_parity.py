@@ -31,14 +31,24 @@ COMPILED = (
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A model seen by transformers and by the runtime."""
+    """One model for transformers, and the same for the runtime."""
 
     case: Case
-    model: Any
+
+    @cached_property
+    def model(self) -> Any:
+        return self.case.make_model(seed=1)
+
+    @cached_property
+    def exact(self) -> Any:
+        """The model in fp64, as far as transformers lets it be."""
+        model = self.case.make_model(seed=1).double()
+        model.set_experts_implementation("eager")  # the default knows no fp64
+        return model
 
     @cached_property
     def engine(self) -> VLM:
-        return VLM(self.model, "large")
+        return VLM(self.case.make_model(seed=1), "large")
 
     def request(self, inputs: Inputs, engine: VLM | None = None) -> Request:
         engine = self.engine if engine is None else engine
@@ -51,8 +61,7 @@ class Pair:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request: pytest.FixtureRequest) -> Pair:
-    case = FAMILIES[request.param]
-    return Pair(case, case.make_model(seed=1))
+    return Pair(FAMILIES[request.param])
 
 
 def some_prune(layer: int, num_visual: int, ratio: float, seed: int = 0) -> Prune:
@@ -80,7 +89,7 @@ def test_masses(pair: Pair, images: Any) -> None:
     request = pair.request(inputs)
     answer = pair.engine.generate(request, NEW, with_mass=True)
     prompt = pair.embed(inputs)
-    attention = oracle.attention_matrices(pair.case, pair.model, prompt, answer.token_ids)
+    attention = oracle.attention_matrices(pair.case, pair.exact, prompt, answer.token_ids)
     rows = oracle.text_rows(prompt, attention.shape[-1])
     expected = oracle.masses(attention, prompt.visual, rows)
     torch.testing.assert_close(answer.mass[0].double(), expected.sum(0), rtol=1e-5, atol=0)
@@ -166,7 +175,7 @@ def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     case = FAMILIES[name]
-    pair = Pair(case, case.make_model(seed=1))
+    pair = Pair(case)
     compiled = pair.engine.with_compiled(True)
     runs: list[dict[str, Any]] = [{"with_mass": True}, {"prune": 0}, {"prune": 2}, {"prune": 2, "draft": 3}]
     for seed, images in enumerate(LAYOUTS):
