@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import transformers as tf
 
+from sgl_runtime import hf
 from sgl_runtime.errors import CheckpointError
 from sgl_runtime.families.gemma3 import Gemma3
 
@@ -30,6 +31,26 @@ def test_it_is_refused_with_the_reason() -> None:
 def test_it_is_refused_without_windows_too() -> None:
     with pytest.raises(CheckpointError, match=r"in both directions\. The attention and mass kernels"):
         Gemma3.check_config(make_config(2, layer_types=["full_attention"] * 2))
+
+
+def test_a_model_in_memory_is_refused_too() -> None:
+    text = tf.Gemma3TextConfig(
+        vocab_size=50,
+        hidden_size=HIDDEN,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    vision = tf.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28
+    )
+    config = tf.Gemma3Config(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), mm_tokens_per_image=1, image_token_index=7
+    )
+    with pytest.raises(CheckpointError, match=r"Gemma 3 is not supported: .* 3 of its 3 layers"):
+        hf.view(tf.Gemma3ForConditionalGeneration(config))
 
 
 def test_what_it_reads_is_what_transformers_calls_it() -> None:

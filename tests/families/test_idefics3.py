@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor
 from sgl_runtime.errors import CheckpointError, PromptError
 from sgl_runtime.families import idefics3
 from sgl_runtime.families.idefics3 import Idefics3, Idefics3Preprocessor, SmolVLM, SmolVLMPreprocessor
+from sgl_runtime.processing import Processor
+from sgl_runtime.videos import Video
 
 from . import oracle
 from .models import FAMILIES, IMAGE, Inputs
@@ -167,6 +170,23 @@ def test_one_tile_when_that_is_enough(kind: str, family: Idefics3, tokenizer: An
     mine = ours(prepare(kind, family, tokenizer, size=small), tokenizer, images, text)
     assert_same(mine, theirs(kind, tokenizer, images, text, size=small))
     assert mine["pixel_values"].shape == (1, 1, 3, TILE, TILE)
+
+
+def test_a_prompt_is_rendered_as_in_transformers(
+    kind: str, family: Idefics3, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SmolVLM's template, which puts no blank between "User:" and an image that comes first."""
+    from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
+
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    monkeypatch.setattr(family.config, "image_token_id", own.convert_tokens_to_ids("<image>"))
+    processor = Processor.of(Path("checkpoint"), own, SETTINGS, family, DEFAULT_CHAT_TEMPLATE)
+    images = [picture(100, 60), picture(20, 20)]
+    found = processor(images, "<image>and <image>?")
+    text = "<|im_start|>User:<image>and <image>?<end_of_utterance>\nAssistant:"
+    assert_same(found, theirs(kind, own, images, text))
+    assert len(found["visual_cells"]) == sum(each.tokens for each in family.visuals(found))
 
 
 def test_a_mask_only_where_the_settings_pad(kind: str, family: Idefics3, tokenizer: Any) -> None:
@@ -451,6 +471,23 @@ def test_a_video_beside_an_image(smolvlm: tuple[SmolVLM, SmolVLMPreprocessor]) -
     assert len(visuals) * PER_TILE == sum(len(part.cells) for part in parts)
     assert torch.equal(visuals[1].tensors["pixel_values"][0], parts[0].tensors["pixel_values"][1])
     assert torch.equal(visuals[2].tensors["pixel_values"][0], parts[1].tensors["pixel_values"][0])
+
+
+def test_a_video_in_a_prompt(
+    smolvlm: tuple[SmolVLM, SmolVLMPreprocessor], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
+
+    family, preprocessor = smolvlm
+    monkeypatch.setattr(family.config, "image_token_id", tokenizer.convert_tokens_to_ids("<image>"))
+    processor = Processor.of(Path("checkpoint"), tokenizer, SETTINGS, family, DEFAULT_CHAT_TEMPLATE)
+    frames = [picture(90, 50, seed=i) for i in range(3)]
+    found = processor([picture(60, 100), Video(frames, fps=0.5)], "Is <image> in <video>?")
+    image, video = preprocessor.image(picture(60, 100)), preprocessor.video(frames, [0.0, 2.0, 4.0])
+    text = f"<|im_start|>User: Is {image.text} in {video.text}?<end_of_utterance>\nAssistant:"
+    assert found["input_ids"][0].tolist() == tokenizer(text)["input_ids"]
+    assert torch.equal(found["pixel_values"], preprocessor.merge([image, video])["pixel_values"])
+    assert torch.equal(found["visual_cells"], torch.cat((image.cells, video.cells)))
 
 
 @pytest.mark.parametrize(("count", "seconds"), [(0, []), (2, [0.0])])
