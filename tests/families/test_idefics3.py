@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -172,20 +171,15 @@ def test_one_tile_when_that_is_enough(kind: str, family: Idefics3, tokenizer: An
     assert mine["pixel_values"].shape == (1, 1, 3, TILE, TILE)
 
 
-def test_a_prompt_is_rendered_as_in_transformers(
-    kind: str, family: Idefics3, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prompt_is_rendered_as_in_transformers(kind: str, family: Idefics3, tokenizer: Any) -> None:
     """SmolVLM's template, which puts no blank between "User:" and an image that comes first."""
     from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 
-    own = copy.deepcopy(tokenizer)
-    own.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    monkeypatch.setattr(family.config, "image_token_id", own.convert_tokens_to_ids("<image>"))
-    processor = Processor.of(Path("checkpoint"), own, SETTINGS, family, DEFAULT_CHAT_TEMPLATE)
+    processor = Processor(tokenizer, prepare(kind, family, tokenizer), DEFAULT_CHAT_TEMPLATE)
     images = [picture(100, 60), picture(20, 20)]
     found = processor(images, "<image>and <image>?")
     text = "<|im_start|>User:<image>and <image>?<end_of_utterance>\nAssistant:"
-    assert_same(found, theirs(kind, own, images, text))
+    assert_same(found, theirs(kind, tokenizer, images, text))
     assert len(found["visual_cells"]) == sum(each.tokens for each in family.visuals(found))
 
 
@@ -473,14 +467,11 @@ def test_a_video_beside_an_image(smolvlm: tuple[SmolVLM, SmolVLMPreprocessor]) -
     assert torch.equal(visuals[2].tensors["pixel_values"][0], parts[1].tensors["pixel_values"][0])
 
 
-def test_a_video_in_a_prompt(
-    smolvlm: tuple[SmolVLM, SmolVLMPreprocessor], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_video_in_a_prompt(smolvlm: tuple[SmolVLM, SmolVLMPreprocessor], tokenizer: Any) -> None:
     from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 
-    family, preprocessor = smolvlm
-    monkeypatch.setattr(family.config, "image_token_id", tokenizer.convert_tokens_to_ids("<image>"))
-    processor = Processor.of(Path("checkpoint"), tokenizer, SETTINGS, family, DEFAULT_CHAT_TEMPLATE)
+    preprocessor = smolvlm[1]
+    processor = Processor(tokenizer, preprocessor, DEFAULT_CHAT_TEMPLATE)
     frames = [picture(90, 50, seed=i) for i in range(3)]
     found = processor([picture(60, 100), Video(frames, fps=0.5)], "Is <image> in <video>?")
     image, video = preprocessor.image(picture(60, 100)), preprocessor.video(frames, [0.0, 2.0, 4.0])
