@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgl_runtime import convert
 from sgl_runtime.checkpoints import checkpoint_directory, first_line, read_json, safetensors_of
 from sgl_runtime.errors import CheckpointError, ConfigError, SGLError
 from sgl_runtime.families import Family, family_of
@@ -25,6 +26,7 @@ from sgl_runtime.quantize import quantize_linears
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _TESTED = ((5, 17), (5, 23))  # oldest and newest transformers, by `make test-matrix`
+CPU = torch.device("cpu")
 log = logging.getLogger(__name__)
 
 
@@ -97,6 +99,8 @@ def load_model(
         The attention heads cannot be shared out evenly, or the scheme cannot run.
     """
     directory = checkpoint_directory(source)
+    if convert.is_chat_format(directory):
+        return _load_chat_format(directory, device, dtype, processes, quantize)
     family = _checked_family(directory)
     files = safetensors_of(directory)
     import transformers
@@ -143,6 +147,10 @@ def view(model: nn.Module) -> ModelView:
         windows, partial rotary dimensions, rotary types that depend on the length).
     """
     config: Any = getattr(model, "config", None)
+    if config is None:
+        raise CheckpointError(
+            f"Expected a vision-language model of transformers, got {type(model).__name__}."
+        )
     kind = family_of(getattr(config, "model_type", None))
     if not hasattr(model, "lm_head"):
         raise CheckpointError(f"Expected transformers' {kind.architecture}, got {type(model).__name__}.")
@@ -239,19 +247,29 @@ def _checked_family(directory: Path) -> type[Family]:
     if not path.is_file():
         raise CheckpointError(f"{directory} is not a checkpoint directory: it holds no config.json.")
     config = read_json(path)
-    if config.get("model_type") == "internvl_chat" or "llm_config" in config:
-        raise CheckpointError(
-            f"{directory} is in the InternVLChatModel format, which needs remote code. Convert it first: "
-            f"sgl-vlm convert {directory} OUT"
-        )
     try:
         family = family_of(config.get("model_type"))
     except CheckpointError as error:
-        raise CheckpointError(f"{directory} cannot be used. {error}") from error
+        code = " Its own code (auto_map in config.json) is never run." if "auto_map" in config else ""
+        raise CheckpointError(f"{directory} cannot be used. {error}{code}") from error
     for part in family.parts:
         if not isinstance(config.get(part), dict):
             raise CheckpointError(f"{path} lacks {part}; it is not a whole configuration.")
     return family
+
+
+def _load_chat_format(
+    directory: Path, device: torch.device, dtype: torch.dtype, processes: int, quantize: str | None
+) -> nn.Module:
+    if processes > 1:
+        raise ConfigError(
+            f"{directory} is in the InternVLChatModel format, which cannot be shared out among processes as "
+            f"it is. Convert it first: sgl-vlm convert {directory} OUT"
+        )
+    model: Any = convert.load_chat_format(directory, device if quantize is None else CPU, dtype)
+    if quantize is not None:
+        quantize_linears(model.model.language_model.layers, quantize, device)
+    return model.to(device)
 
 
 def _check_version(version: str) -> None:

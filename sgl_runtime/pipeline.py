@@ -260,8 +260,8 @@ class SGLPipeline:
             For each VLM ``input_ids`` (1, S) int64 and what its vision tower takes, ``pixel_values`` and
             more, as transformers' processor makes them. Both must have the same number of visual tokens: the
             i-th of one stands for the i-th of the other. Or both say which image each token belongs to and
-            what it covers, in ``visual_image`` (N,) and ``visual_cells`` (N, 3, 2), as our processors do: masses
-            are then resampled where the grids differ.
+            what it covers, in ``visual_image`` (N,) and ``visual_cells`` (N, 3, 2), as our processors do:
+            masses are then resampled where the grids differ.
         """
         return _only_result(*self._run([(small_inputs, large_inputs)], {}, self._clock()))
 

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from sgl_runtime import hf
+from sgl_runtime import convert, hf
 from sgl_runtime.checkpoints import first_line, read_json
 from sgl_runtime.errors import CheckpointError, PromptError
 from sgl_runtime.families import Family, Prepared, Preprocessor
@@ -63,6 +63,8 @@ class Processor:
         CheckpointError
             No tokenizer, no image settings, or ones that do not belong to the model.
         """
+        if convert.is_chat_format(directory):
+            return cls._from_chat_format(directory, family)
         if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
             raise CheckpointError(
                 f"{directory} holds no tokenizer: expected tokenizer.json and tokenizer_config.json."
@@ -73,11 +75,18 @@ class Processor:
             raise CheckpointError(
                 f"{directory}: the tokenizer could not be loaded ({first_line(error)})."
             ) from error
-        return cls.of(directory, tokenizer, _image_settings(directory), family, _chat_template(directory))
+        return cls.of(directory, tokenizer, _image_settings(directory), _chat_template(directory), family)
+
+    @classmethod
+    def _from_chat_format(cls, directory: Path, family: Family) -> Processor:
+        tokenizer = convert.native_tokenizer(directory)
+        if tokenizer is None:
+            raise CheckpointError(f"{directory} holds no tokenizer: expected the files beside the original.")
+        return cls.of(directory, tokenizer, *convert.native_settings(directory), family)
 
     @classmethod
     def of(
-        cls, source: Path, tokenizer: Any, settings: dict[str, Any], family: Family, template: str | None
+        cls, source: Path, tokenizer: Any, settings: dict[str, Any], template: str | None, family: Family
     ) -> Processor:
         """Put a processor together for a model; ``source`` names it in messages."""
         try:
@@ -257,7 +266,7 @@ def _listed(kinds: list[str]) -> str:
 
 
 def _image_settings(directory: Path) -> dict[str, Any]:
-    """Return the image settings of a checkpoint, and the processor's that they lack."""
+    """Return a checkpoint's image settings, what its processor's add, and those of videos under "video"."""
     preprocessor, processor = directory / "preprocessor_config.json", directory / "processor_config.json"
     outer = read_json(processor) if processor.is_file() else {}
     inner = read_json(preprocessor) if preprocessor.is_file() else outer.get("image_processor")
@@ -266,6 +275,9 @@ def _image_settings(directory: Path) -> dict[str, Any]:
             f"{directory} holds no preprocessor_config.json: size, mean and std of its images are unknown."
         )
     settings = {**outer, **inner}
+    film = directory / "video_preprocessor_config.json"
+    if film.is_file():
+        settings["video"] = read_json(film)
     settings["processor_class"] = outer.get("processor_class") or inner.get("processor_class")
     return settings
 

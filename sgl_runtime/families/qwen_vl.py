@@ -185,7 +185,7 @@ class QwenVL(Family):
         videos = self._split(inputs, "pixel_values_videos", "video_grid_thw")
         if not images and not videos:
             raise PromptError(
-                "pixel_values and image_grid_thw, or pixel_values_videos and video_grid_thw, must be given: a "
+                "pixel_values and image_grid_thw, or pixel_values_videos and video_grid_thw, are missing: a "
                 "request needs at least one image or video."
             )
         times = inputs.get("second_per_grid_ts")

@@ -6,13 +6,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sgl_runtime.pictures import save_guidance, token_map
+from sgl_runtime.families.base import grid_cells
+from sgl_runtime.pictures import save_guidance, token_maps
+
+SIDE = 384
+
+
+def _points(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The value in the middle of each cell of a grid."""
+    down, across = ((np.arange(n) + 0.5) * SIDE / n for n in (rows, columns))
+    return picture[np.ix_(down.astype(int), across.astype(int))]
 
 
 def test_one_tile_is_a_square_grid() -> None:
-    picture, thumbnail = token_map(np.arange(16), (1, 1, False))
-    assert thumbnail is None
-    assert np.array_equal(picture, np.arange(16).reshape(4, 4))
+    (picture,) = token_maps(np.arange(16), grid_cells(4, 4).numpy())
+    assert np.array_equal(_points(picture, 4, 4), np.arange(16).reshape(4, 4))
 
 
 def test_tiles_go_back_into_the_picture() -> None:
@@ -26,15 +34,27 @@ def test_tiles_go_back_into_the_picture() -> None:
         for y in range(side)
         for x in range(side)
     ]
-    picture, thumbnail = token_map(np.array([*values, 9, 8, 7, 6]), (columns, rows, True))
-    assert np.array_equal(picture, expected)
-    assert thumbnail is not None
-    assert thumbnail.tolist() == [[9, 8], [7, 6]]
+    boxes = [
+        grid_cells(side, side, (r / rows, (r + 1) / rows, c / columns, (c + 1) / columns))
+        for r in range(rows)
+        for c in range(columns)
+    ]
+    cells = np.concatenate([*boxes, grid_cells(2, 2)])
+    picture, thumbnail = token_maps(np.array([*values, 9, 8, 7, 6]), cells)
+    assert np.array_equal(_points(picture, rows * side, columns * side), expected)
+    assert _points(thumbnail, 2, 2).tolist() == [[9, 8], [7, 6]]
 
 
-def test_a_count_that_fills_no_tiles_is_refused() -> None:
-    with pytest.raises(ValueError, match="17 visual tokens do not fill 1 square tiles"):
-        token_map(np.arange(17), (1, 1, False))
+def test_a_newline_is_not_drawn() -> None:
+    """A newline stands where the last patch of its row does."""
+    cells = grid_cells(2, 2).numpy()[[0, 1, 1, 2, 3, 3]]
+    (picture,) = token_maps(np.array([1, 2, 50, 3, 4, 60]), cells)
+    assert _points(picture, 2, 2).tolist() == [[1, 2], [3, 4]]
+
+
+def test_a_count_that_is_not_that_of_the_cells_is_refused() -> None:
+    with pytest.raises(ValueError, match="17 values came for 16 visual tokens"):
+        token_maps(np.arange(17), grid_cells(4, 4).numpy())
 
 
 def test_dropped_patches_are_dimmed(tmp_path: Path) -> None:
@@ -42,7 +62,8 @@ def test_dropped_patches_are_dimmed(tmp_path: Path) -> None:
     white = Image.new("RGB", (64, 64), "white")
     mass = np.zeros(16)
     mass[0] = 1.0
-    save_guidance(path, white, mass, np.array([0]), (1, 1, False), title="what is $this", note="one kept")
+    maps = token_maps(mass, grid_cells(4, 4).numpy())
+    save_guidance(path, white, maps, maps, title="what is $this", note="one kept")
     picture = np.asarray(Image.open(path).convert("L")).astype(float)
     third = picture[int(picture.shape[0] * 0.35) : -8, int(picture.shape[1] * 0.69) : -8]
     assert ((third > 40) & (third < 80)).mean() > 0.6  # 15 of 16 patches at 22 % of white
@@ -50,14 +71,7 @@ def test_dropped_patches_are_dimmed(tmp_path: Path) -> None:
 
 
 def test_a_failed_picture_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="square tiles"):
-        save_guidance(
-            tmp_path / "p.png",
-            Image.new("RGB", (8, 8)),
-            np.zeros(7),
-            np.array([0]),
-            (1, 1, False),
-            title="",
-            note="",
-        )
+    broken = [np.zeros((4, 4, 7))]
+    with pytest.raises(TypeError, match="Invalid shape"):
+        save_guidance(tmp_path / "p.png", Image.new("RGB", (8, 8)), broken, [], title="", note="")
     assert list(tmp_path.iterdir()) == []

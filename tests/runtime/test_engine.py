@@ -127,7 +127,7 @@ def test_pruned_logits_of_prompt_and_draft(vlm: tuple[Any, VLM]) -> None:
     [group] = prefix.groups
     draft = group.padded_draft({0: [11, 12, 13]})
     logits, kept, kept_lens = engine._run_upper(
-        group, group.hidden, engine.memory.cache, 2, {0: Prune(2, ranking, 7)}, draft
+        group, group.begun, engine.memory.cache, 2, {0: Prune(2, ranking, 7)}, draft
     )
     expected = slow.pruned_logits(model, inputs, [11, 12], 2, kept[0, : kept_lens[0]].tolist())[-3:]
     torch.testing.assert_close(logits[0, :3], expected, rtol=1e-4, atol=1e-4)
@@ -286,10 +286,10 @@ def _changed(**changes: Any) -> slow.Inputs:
         ({}, "input_ids must be"),
         (_changed(input_ids=torch.ones(2, 5, dtype=torch.long)), "input_ids must be"),
         (_changed(input_ids=torch.ones(1, 5)), "input_ids must be"),
-        (_changed(pixel_values=None), "at least one image"),
-        (_changed(pixel_values=torch.zeros(0, 3, 56, 56)), "at least one image"),
-        (_changed(pixel_values=torch.zeros(1, 3, 56, 48)), "tiles must be"),
-        (_changed(pixel_values=torch.zeros(2, 3, 56, 56)), "2 tiles of 16 tokens need 32"),
+        (_changed(pixel_values=None), "pixel_values must be a tensor of 4"),
+        (_changed(pixel_values=torch.zeros(0, 3, 56, 56)), "pixel_values must be a tensor of 4"),
+        (_changed(pixel_values=torch.zeros(1, 3, 56, 48)), "Tiles must be"),
+        (_changed(pixel_values=torch.zeros(2, 3, 56, 56)), r"its images need 32: 16 \+ 16"),
         (_changed(input_ids=torch.full((1, 5), 150)), "in 0 to 149"),
         (_changed(input_ids=torch.tensor([[3, *[7] * 16]])), "end in text"),
         (_changed(attention_mask=torch.tensor([[0] + [1] * 23])), "all ones"),

@@ -94,8 +94,8 @@ def test_nan_in_the_consistency_pass_is_named(
     alone = _guide(engine, requests[1], config)
     real = engine.steps.upper
 
-    def spoil(hidden: torch.Tensor, seq_lens: torch.Tensor, cache: object, *rest: object) -> object:
-        logits, *others = real(hidden, seq_lens, cache, *rest)
+    def spoil(rows: object, seq_lens: object, next_angle: object, cache: object, *rest: object) -> object:
+        logits, *others = real(rows, seq_lens, next_angle, cache, *rest)
         if cache is None:  # only the consistency pass has none
             logits[0] = torch.nan
         return logits, *others

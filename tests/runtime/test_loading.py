@@ -196,10 +196,11 @@ def test_damaged_config(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "internvl_chat"}, "InternVLChatModel format"),
-        ({"llm_config": {}}, "InternVLChatModel format"),
-        ({"model_type": "llava"}, "type 'llava'"),
+        ({"model_type": "blip"}, "type 'blip' are not supported; supported are gemma3, idefics3, internvl"),
+        ({"model_type": "blip"}, "docs/families.md"),
+        ({"model_type": "llava"}, "vision tower is of type 'internvl_vision'"),
         ({"auto_map": {"AutoModel": "evil.Model"}, "model_type": "evil"}, "type 'evil'"),
+        ({"auto_map": {"AutoModel": "evil.Model"}, "model_type": "evil"}, "own code"),
     ],
 )
 def test_other_models(directory: Path, changes: dict[str, Any], message: str) -> None:
@@ -228,14 +229,12 @@ def test_code_beside_the_weights_is_not_run(directory: Path) -> None:
             "llama",
             {
                 "rope_parameters": {
-                    "rope_type": "longrope",
+                    "rope_type": "proportional",
                     "rope_theta": 1e4,
-                    "short_factor": [1.0] * 8,
-                    "long_factor": [2.0] * 8,
-                    "original_max_position_embeddings": 64,
+                    "partial_rotary_factor": 0.5,
                 }
             },
-            "'longrope' is not supported",
+            "'proportional' is not supported",
         ),
     ],
 )

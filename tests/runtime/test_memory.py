@@ -408,7 +408,7 @@ def test_state_keeps_the_books(
         book.begin(choices, own.log_softmax(-1).max(-1).values.tolist())
     draft = torch.tensor([book.draft + [-1] * (WIDTH - len(book.draft)) for book in books])
     seq_lens = torch.tensor([book.seq_len for book in books], dtype=torch.int32)
-    accepted = state.begin(torch.tensor(rows), logits, draft, limit, seq_lens, seq_lens - 6)
+    accepted = state.begin(torch.tensor(rows), logits, draft, limit, seq_lens, seq_lens - 6, seq_lens - 3)
     check(state, rows, books)
     assert all(a == b.accepted for a, b in zip(accepted.tolist(), books, strict=True) if not b.failed)
 
@@ -444,3 +444,4 @@ def check(state: DecodeState, rows: list[int], books: list[Books]) -> None:
             assert state.token[row] == book.answer[-1]
             assert state.position[row] == book.seq_len + count - 1
             assert state.dropped[row] == 6
+            assert state.turned[row] == -3

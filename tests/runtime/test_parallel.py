@@ -44,11 +44,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def run_layers(view: hf.ModelView, ids: Tensor) -> dict[str, Tensor]:
     """Embeddings, the last layer's output and logits of ids (1, S): a plain loop over the view's modules."""
     embedded = hidden = view.embed(ids)
-    cos, sin = view.rotary(hidden, torch.arange(ids.shape[1])[None])
+    cos, sin = (table[None] for table in view.rope(torch.arange(ids.shape[1])))
     for layer in view.layers:
         q, k, v = (
             project(layer.input_norm(hidden)).unflatten(-1, (-1, view.head_dim)).transpose(1, 2)
-            for project in (layer.q_proj, layer.k_proj, layer.v_proj)
+            for project in layer.qkv
         )
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = layer.q_norm(q), layer.k_norm(k)
@@ -60,7 +60,8 @@ def run_layers(view: hf.ModelView, ids: Tensor) -> dict[str, Tensor]:
         attended = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         hidden = hidden + layer.o_proj(attended.transpose(1, 2).flatten(2))
         normed = layer.post_norm(hidden)
-        hidden = hidden + layer.down_proj(layer.activation(layer.gate_proj(normed)) * layer.up_proj(normed))
+        gate, up = (project(normed) for project in layer.gate_up)
+        hidden = hidden + layer.down_proj(layer.activation(gate) * up)
     return {"embedded": embedded, "hidden": hidden, "logits": view.lm_head(view.norm(hidden))}
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 
 from sgl_runtime import SGLPipeline, hf
 from sgl_runtime.errors import CheckpointError, PromptError
 from sgl_runtime.processing import Processor
+from sgl_runtime.videos import Video
 
 from .checkpoints import (
     IMAGE_SETTINGS,
@@ -56,7 +58,9 @@ def _theirs(
 
 
 def _ours(template: str | None = TEMPLATE, **settings: Any) -> Processor:
-    return Processor(make_tokenizer(template), {**PIXELS, "crop_to_patches": True, **settings}, 16)
+    tokenizer, family = make_tokenizer(template), hf.view(make_model()).family
+    pixels = {**PIXELS, "crop_to_patches": True, **settings}
+    return Processor(tokenizer, family.preprocessor(pixels, tokenizer, family))
 
 
 def _image(**size: int) -> dict[str, Any]:
@@ -123,15 +127,89 @@ def test_templates_of_other_kinds(template: str | None) -> None:
     assert processor.tokenizer.decode(ids) == expected
 
 
-@pytest.mark.parametrize("size", [WIDE, TALL, TINY, {"width": 112, "height": 112}])
-def test_tiling_describes_the_tiles(size: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("size", "columns", "rows"),
+    [(WIDE, 2, 1), (TALL, 1, 4), (TINY, 1, 1), ({"width": 112, "height": 112}, 2, 2)],
+)
+def test_cells_are_where_the_tiles_come_from(size: dict[str, int], columns: int, rows: int) -> None:
+    """Of a picture that is white in one cell only, only the tokens of that cell and thumbnail see white."""
+    processor, image = _ours(), picture(**size)
+    inputs = processor(image, "x")
+    tiles, cells = inputs["pixel_values"], inputs["visual_cells"].unflatten(0, (-1, 4, 4))
+    assert tiles.shape[0] == cells.shape[0] == columns * rows + (columns * rows > 1)
+    assert inputs["visual_image"].tolist() == [0] * (16 * len(tiles))
+    canvas = Image.new("RGB", (columns * 56, rows * 56))
+    for tile, patch in ((0, (0, 0)), (columns * rows - 1, (3, 1)), (columns * rows // 2, (1, 2))):
+        (top, bottom), (left, right) = (
+            cells[tile][patch][1:] * torch.tensor([[rows * 56], [columns * 56]])
+        ).tolist()
+        white = canvas.copy()
+        white.paste((255, 255, 255), tuple(map(round, (left, top, right, bottom))))
+        seen = (
+            processor(white, "x")["pixel_values"].mean(1).unfold(1, 14, 14).unfold(2, 14, 14).mean((-1, -2))
+        )
+        assert seen[: columns * rows].flatten().argmax() == tile * 16 + patch[0] * 4 + patch[1]
+    only = _ours(crop_to_patches=False)(image, "x")
+    assert torch.equal(only["visual_cells"], cells[-1].flatten(0, 1))
+
+
+def test_a_video_is_a_tile_a_frame() -> None:
+    """As InternVLProcessor writes it, which cannot be built here."""
+    frames = [picture(**WIDE, seed=seed) for seed in range(3)]
+    inputs = _ours()(Video(frames), "What happens?")
+    span = "<img>" + "<IMG_CONTEXT>" * 16 + "</img>"
+    text = _ours().tokenizer.decode(inputs["input_ids"][0])
+    assert f"Frame1: {span}\nFrame2: {span}\nFrame3: {span}\n" in text
+    alone = [_ours(crop_to_patches=False)(frame, "x") for frame in frames]
+    assert torch.equal(inputs["pixel_values"], torch.cat([each["pixel_values"] for each in alone]))
+    cells = inputs["visual_cells"].unflatten(0, (3, 16))
+    times = torch.tensor([[0, 1], [1, 2], [2, 3]]) / 3
+    torch.testing.assert_close(cells[:, :, 0], times[:, None].expand(3, 16, 2))
+    assert torch.equal(cells[0, :, 1:], alone[0]["visual_cells"][:, 1:])
+    assert inputs["visual_image"].unique().tolist() == [0]
+
+
+def test_a_conversation() -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": [{"type": "text", "text": "And <image>?"}]},
+    ]
     processor = _ours()
-    columns, rows, thumbnail = processor.tiling(picture(**size))
-    tiles = processor(picture(**size), "x")["pixel_values"]
-    assert tiles.shape[0] == columns * rows + thumbnail
-    if thumbnail:
-        assert (columns, rows) == ((1, 4) if size is TALL else (2, 1) if size is WIDE else (2, 2))
-    assert _ours(crop_to_patches=False).tiling(picture(**size)) == (1, 1, False)
+    tile = "<img>" + "<IMG_CONTEXT>" * 16 + "</img>\n"
+    small = picture(width=8, height=8)
+    one = _ours(max_patches=1)
+    text = one.tokenizer.decode(one([small], messages)["input_ids"][0])
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is it?<|im_end|>\n"
+        f"<|im_start|>assistant\nA cat.<|im_end|>\n<|im_start|>user\nAnd {tile}?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    messages[3]["content"] = "And its tail?"  # without any mark the image is in the user's first message
+    text = one.tokenizer.decode(one([small], messages)["input_ids"][0])
+    assert f"<|im_start|>user\n{tile}What is it?<|im_end|>" in text
+    theirs = _theirs([_image(width=8, height=8), _text("What is it?")])
+    ours = processor([small], [{"role": "user", "content": [{"type": "image"}, _text("What is it?")]}])
+    assert torch.equal(ours["input_ids"], theirs["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "list of messages"),
+        ([{"role": "robot", "content": "x"}], "role .system, user, assistant."),
+        ([{"role": "user"}], "role .system, user, assistant."),
+        ([{"role": "user", "content": 3}], "text or a list of parts"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "type.*audio"),
+        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "asks something"),
+        ([{"role": "system", "content": "x"}], "asks something"),
+        ([{"role": "user", "content": "<video> x"}], "<video>, but there came <image>"),
+    ],
+)
+def test_bad_conversations(prompt: Any, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        _ours()(picture(), prompt)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +220,7 @@ def test_tiling_describes_the_tiles(size: dict[str, int]) -> None:
         ([picture()], " \n", "asks something"),
         ([picture()], "<image>", "asks something"),
         ([picture()], None, "asks something"),
-        ([picture()], "a <image> b <image>", "2 places.*1 images"),
+        ([picture()], "a <image> b <image>", "<image> <image>.*came <image>"),
         ([picture()], "a <IMG_CONTEXT>", "reserved"),
     ],
 )
@@ -190,7 +268,7 @@ def test_decode() -> None:
 
 
 def _load(directory: Path) -> Processor:
-    return Processor.from_directory(directory, hf.view(make_model(vocab=270, image_id=5)))
+    return Processor.from_directory(directory, hf.view(make_model(vocab=270, image_id=5)).family)
 
 
 @pytest.mark.parametrize(
@@ -212,14 +290,14 @@ def test_who_decides_on_tiles(
     directory = save_checkpoint(tmp_path / "m", settings=settings)
     for name, value in files.items():
         (directory / name).write_text(json.dumps(value))
-    assert _load(directory).image_processor.crop_to_patches is crops
+    assert _load(directory).preprocessor.processor.crop_to_patches is crops
 
 
 def test_settings_inside_processor_config(tmp_path: Path) -> None:
     directory = save_checkpoint(tmp_path / "m")
     (directory / "preprocessor_config.json").unlink()
     (directory / "processor_config.json").write_text(json.dumps({"image_processor": IMAGE_SETTINGS}))
-    assert _load(directory).image_processor.max_patches == 4
+    assert _load(directory).preprocessor.processor.max_patches == 4
 
 
 def test_template_of_older_checkpoints(tmp_path: Path) -> None:
@@ -250,7 +328,7 @@ def test_damaged_directories(tmp_path: Path) -> None:
 def test_tokenizer_of_another_model(tmp_path: Path) -> None:
     directory = save_checkpoint(tmp_path / "m")
     with pytest.raises(CheckpointError, match=r"the id 5, the model expects 8"):
-        Processor.from_directory(directory, hf.view(make_model(vocab=270, image_id=8)))
+        Processor.from_directory(directory, hf.view(make_model(vocab=270, image_id=8)).family)
 
 
 def _resize(directory: Path) -> None:
