@@ -21,7 +21,7 @@ from sgl_runtime.checkpoints import checkpoint_directory
 from sgl_runtime.convert import config as settings
 from sgl_runtime.convert.config import is_chat_format, read_chat_config
 from sgl_runtime.convert.names import module_name
-from sgl_runtime.convert.shards import open_output, write_json, write_shards
+from sgl_runtime.convert.shards import PARTIAL, open_output, write_json, write_shards
 from sgl_runtime.convert.templates import chat_template, conversation
 from sgl_runtime.convert.tensors import Plan, make_plan
 from sgl_runtime.convert.tokenizer import CONTEXT, has_tokenizer, load_tokenizer
@@ -79,10 +79,10 @@ def convert(
     tokenizer = native_tokenizer(directory)
     plan = _plan(directory, tokenizer, image_token_id)
     stop = conversation(plan.chat.get("template")).stop
-    record = open_output(out, plan)
+    record = open_output(out, plan, shard_bytes)
     total = sum(source.nbytes for source in plan.sources)
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=f"{out}") as bar:
-        write_shards(out, plan, record, shard_bytes, bar.update)
+        write_shards(out, plan, record, bar.update)
     stop_id = None
     if tokenizer is None:
         _log.warning(
@@ -179,7 +179,7 @@ def _plan(directory: Path, tokenizer: Any | None, image_token_id: int | None) ->
 
 def _save_tokenizer(tokenizer: Any, out: Path) -> None:
     """Save a tokenizer's files, each whole or not at all."""
-    room = out / f".tokenizer.{os.getpid()}"
+    room = out / PARTIAL.format(f"tokenizer.{os.getpid()}")
     try:
         tokenizer.save_pretrained(room)
         for path in sorted(room.iterdir()):

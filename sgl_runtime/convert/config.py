@@ -61,6 +61,7 @@ _TEXT_SETTINGS = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "original_max_position_embeddings"),
     *("partial_rotary_factor", "use_sliding_window", "sliding_window", "max_window_layers"),
 )
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
@@ -189,6 +190,9 @@ def _llm_config(path: Path, llm: dict[str, Any]) -> dict[str, Any]:
     missing = [name for name in needed if not isinstance(llm.get(name), int)]
     if missing:
         raise CheckpointError(f"{path}: llm_config lacks {', '.join(missing)}.")
+    rope = _rope_type(llm)
+    if rope not in _ROPE_TYPES:
+        raise CheckpointError(f"{path}: rope_scaling of type {rope!r}; known are {', '.join(_ROPE_TYPES)}.")
     if llm.get("num_key_value_heads") is None:
         llm["num_key_value_heads"] = llm["num_attention_heads"]
     return llm
@@ -200,13 +204,17 @@ def _text_settings(llm: dict[str, Any]) -> dict[str, Any]:
     found = {name: llm[name] for name in _TEXT_SETTINGS if llm.get(name) is not None}
     if kind == "phi3" and found.get("sliding_window", 0) >= found.get("max_position_embeddings", 0):
         found.pop("sliding_window", None)  # reaches every token, so it is no window
-    rope = dict(llm.get("rope_scaling") or {"type": "default"})
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type")
-    if rope["rope_type"] == "su":  # what Phi-3 called it at first
-        rope["rope_type"] = "longrope"
+    rope = {**(llm.get("rope_scaling") or {}), "rope_type": _rope_type(llm)}
+    rope.pop("type", None)
     if "rope_theta" in llm:
         rope["rope_theta"] = float(llm["rope_theta"])
     return {**found, "model_type": kind, "rope_parameters": rope}
+
+
+def _rope_type(llm: dict[str, Any]) -> Any:
+    rope = llm.get("rope_scaling") or {"type": "default"}
+    found = rope.get("type") or rope.get("rope_type")
+    return "longrope" if found == "su" else found  # what Phi-3 called it at first
 
 
 def _patch(chat: dict[str, Any]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from sgl_runtime.errors import CheckpointError
 from sgl_runtime.files import whole_file
 
 RECORD = "conversion.json"
+PARTIAL = ".{}.partial"
 _CHUNK = 1 << 24
 
 
-def open_output(out: Path, plan: Plan) -> dict[str, Any]:
+def open_output(out: Path, plan: Plan, shard_bytes: int) -> dict[str, Any]:
     """Return the record of ``out``, a new one in a new directory.
 
     Raises
@@ -32,38 +34,34 @@ def open_output(out: Path, plan: Plan) -> dict[str, Any]:
     CheckpointError
         The directory holds something that no conversion began, or a conversion of something else.
     """
-    fresh = {"source": _fingerprint(plan), "shards": {}}
-    path = out / RECORD
-    if not path.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise CheckpointError(f"{out} exists and was not begun by sgl-vlm convert; choose another place.")
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(path, fresh)
-        return fresh
-    record = read_json(path)
-    if record.get("source") != fresh["source"] or not isinstance(record.get("shards"), dict):
-        raise CheckpointError(
-            f"{out} was begun from another checkpoint, or {plan.directory} has changed since. Delete it or "
-            "choose another place."
-        )
-    for left in out.glob(".*.partial"):  # what a killed run was writing
-        left.unlink()
+    record: dict[str, Any] = {"source": _fingerprint(plan), "shard_bytes": shard_bytes, "shards": {}}
+    path, left = out / RECORD, list(out.glob(PARTIAL.format("*")))  # what a killed run was writing
+    if path.exists():
+        found = read_json(path)
+        if {**found, "shards": {}} != record or not isinstance(found["shards"], dict):
+            raise CheckpointError(
+                f"{out} was begun from another checkpoint, or {plan.directory} has changed since. Delete it "
+                "or choose another place."
+            )
+        record = found
+    elif out.exists() and (not out.is_dir() or len(list(out.iterdir())) > len(left)):
+        raise CheckpointError(f"{out} exists and was not begun by sgl-vlm convert; choose another place.")
+    out.mkdir(parents=True, exist_ok=True)
+    for partial in left:
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+    write_json(path, record)
     return record
 
 
-def write_shards(
-    out: Path, plan: Plan, record: dict[str, Any], shard_bytes: int, progress: Callable[[int], Any]
-) -> None:
+def write_shards(out: Path, plan: Plan, record: dict[str, Any], progress: Callable[[int], Any]) -> None:
     """Write the weights and their index; shards that ``record`` knows and that are unchanged stay.
 
     Parameters
     ----------
-    shard_bytes
-        Most bytes in one shard, where no single tensor is larger.
     progress
         Called with the number of source bytes that have been dealt with since the last call.
     """
-    groups = _groups(plan.sources, shard_bytes)
+    groups = _groups(plan.sources, record["shard_bytes"])
     weight_map = {}
     for number, group in enumerate(groups, start=1):
         name = (

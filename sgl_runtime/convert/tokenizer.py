@@ -71,13 +71,8 @@ def load_tokenizer(directory: Path, stop: str) -> Any:
     sentencepiece = directory / "tokenizer.model"
     slow = kind.startswith("InternLM2") or not (directory / "tokenizer.json").is_file()
     if sentencepiece.is_file() and slow:
-        tokenizer = _from_sentencepiece(sentencepiece, config, kind)
-    else:
-        tokenizer = _by_transformers(directory)
-    missing = [token for token in (START, END, CONTEXT, stop) if token not in tokenizer.get_vocab()]
-    if missing:
-        raise CheckpointError(f"{directory}: the tokenizer does not know {', '.join(missing)}.")
-    return tokenizer
+        return _from_sentencepiece(sentencepiece, config, kind, stop)
+    return _by_transformers(directory, stop)
 
 
 def read_sentencepiece(path: Path) -> SentencePieceModel:
@@ -105,7 +100,8 @@ def backend(model: SentencePieceModel, added: dict[int, Any], *, prefix_first_on
     added
         ``AddedToken`` by id: found before anything else, and in place of the piece of that id.
     prefix_first_only
-        Of the text between added tokens, only what begins the whole gets the model's prefix space.
+        A space is put before the whole, not before each stretch of text between added tokens; whatever the
+        model says.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -119,19 +115,20 @@ def backend(model: SentencePieceModel, added: dict[int, Any], *, prefix_first_on
             byte_fallback=True,
         )
     )
-    trim, prefix = model.remove_extra_whitespaces, model.add_dummy_prefix
+    trim, prefix = model.remove_extra_whitespaces, model.add_dummy_prefix and not prefix_first_only
     steps: list[Any] = []
     if trim:
         steps += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" +"), " ")]
-    if prefix and not prefix_first_only:
+    if prefix:
         steps.append(normalizers.Prepend(_SPACE))
     steps.append(normalizers.Replace(" ", _SPACE))
     if trim:
         steps.append(normalizers.Replace(Regex(rf"{_SPACE}+\z"), ""))
     core.normalizer = normalizers.Sequence(steps)
-    if prefix and prefix_first_only:
+    if prefix_first_only:
         core.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
-    strip = [decoders.Strip(" ", left=_ALL if trim else 1)] if trim or prefix else []
+    unwanted = _ALL if trim else int(prefix or prefix_first_only)
+    strip = [decoders.Strip(" ", left=unwanted)] if unwanted else []
     core.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
@@ -146,14 +143,15 @@ def backend(model: SentencePieceModel, added: dict[int, Any], *, prefix_first_on
     return core
 
 
-def _from_sentencepiece(path: Path, config: dict[str, Any], kind: str) -> Any:
+def _from_sentencepiece(path: Path, config: dict[str, Any], kind: str, stop: str) -> Any:
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
     added = _added_tokens(path.parent, config)
-    # Slow Llama tokenizers put the prefix before every stretch of text unless told otherwise.
+    # Unless told otherwise, slow Llama tokenizers leave prefixes to sentencepiece, for every stretch of text.
     first_only = kind.startswith("Llama") and config.get("legacy", True) is False
     core = backend(read_sentencepiece(path), added, prefix_first_only=first_only)
+    _check_known(path.parent, core.get_vocab(), stop)
     names = {f"{name}_token": _text(config.get(f"{name}_token")) for name in ("bos", "eos", "unk", "pad")}
     defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     special = {name: text or defaults.get(name) for name, text in names.items()}
@@ -173,17 +171,25 @@ def _from_sentencepiece(path: Path, config: dict[str, Any], kind: str) -> Any:
     )
 
 
-def _by_transformers(directory: Path) -> Any:
+def _by_transformers(directory: Path, stop: str) -> Any:
     from transformers import AutoTokenizer
 
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        return AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False, **_IMAGE_TOKENS
-        )
+        plain = AutoTokenizer.from_pretrained(directory, **options)
+        named = AutoTokenizer.from_pretrained(directory, **options, **_IMAGE_TOKENS)
     except Exception as error:  # transformers and tokenizers raise many kinds
         raise CheckpointError(
             f"{directory}: the tokenizer could not be read without remote code: {first_line(error)}"
         ) from error
+    _check_known(directory, plain.get_vocab(), stop)  # giving a token a name would add it
+    return named
+
+
+def _check_known(directory: Path, vocab: dict[str, int], stop: str) -> None:
+    missing = [token for token in (START, END, CONTEXT, stop) if token not in vocab]
+    if missing:
+        raise CheckpointError(f"{directory}: the tokenizer does not know {', '.join(missing)}.")
 
 
 def _added_tokens(directory: Path, config: dict[str, Any]) -> dict[int, Any]:
@@ -244,6 +250,11 @@ def _parse_sentencepiece(data: bytes) -> SentencePieceModel:
         (trainer.get(3, 1) != _BPE, "another algorithm than BPE"),
         (sum(kind == _BYTE for _, _, kind in pieces) != 256, "no byte fallback"),
         (trainer.get(24, 0), "blanks behind the words"),
+        (
+            any(kind == _USER_DEFINED for _, _, kind in pieces)
+            and (normalizer.get(3, 1) or normalizer.get(4, 1)),
+            "user-defined pieces beside a prefix or trimmed blanks",
+        ),
         (all(kind != _UNKNOWN for _, _, kind in pieces), "no unknown piece"),
         (normalizer.get(2), "character normalisation"),
         (not normalizer.get(5, 1), "blanks that are not escaped"),
