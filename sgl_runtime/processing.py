@@ -129,7 +129,7 @@ class Processor:
         sources: list[Any] = list(visuals) if isinstance(visuals, (list, tuple)) else [visuals]
         kinds = ["video" if isinstance(source, Video) else "image" for source in sources]
         text = self._render(self._conversation(prompt, kinds), kinds)
-        parts = [self._prepared(source) for source in sources]
+        parts = self._prepared(sources)
         first, *rest = self._find.split(text)
         text = first + "".join(part.text + piece for part, piece in zip(parts, rest, strict=True))
         bos = self.tokenizer.bos_token
@@ -147,10 +147,13 @@ class Processor:
         """Return token ids as text, without special tokens and outer blanks."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
 
-    def _prepared(self, source: Any) -> Prepared:
-        if isinstance(source, Video):
-            return self.preprocessor.video(*open_video(source))
-        return self.preprocessor.image(open_image(source))
+    def _prepared(self, sources: Sequence[Any]) -> list[Prepared]:
+        stills = [open_image(source) for source in sources if not isinstance(source, Video)]
+        images = iter(self.preprocessor.images(stills) if stills else [])
+        return [
+            self.preprocessor.video(*open_video(source)) if isinstance(source, Video) else next(images)
+            for source in sources
+        ]
 
     def _conversation(self, prompt: str | Sequence[Message], kinds: list[str]) -> list[dict[str, Any]]:
         """Return the messages, each with its content as a list of parts, images and videos in place."""
@@ -188,13 +191,14 @@ class Processor:
         """Return the conversation as text, with the preprocessor's mark for each image and video."""
         wanted = [self._marks[kind] for kind in kinds]
         flat = [{**turn, "content": self._flat(turn["content"])} for turn in turns]
-        if self.template is None:
+        template = (self.preprocessor.video_template if "video" in kinds else None) or self.template
+        if template is None:
             return "".join(turn["content"] for turn in flat)
         failure = f"does not put {' '.join(dict.fromkeys(wanted))} once for each of {len(kinds)} images"
         for messages in (turns, flat):  # some templates take parts, others only a string
             try:
                 text = self.tokenizer.apply_chat_template(
-                    messages, chat_template=self.template, add_generation_prompt=True, tokenize=False
+                    messages, chat_template=template, add_generation_prompt=True, tokenize=False
                 )
             except Exception as error:  # Jinja and the template itself raise what they like
                 failure = f"fails: {first_line(error)}"
@@ -266,7 +270,7 @@ def _listed(kinds: list[str]) -> str:
 
 
 def _image_settings(directory: Path) -> dict[str, Any]:
-    """Return a checkpoint's image settings, what its processor's add, and those of videos under "video"."""
+    """Return a checkpoint's image settings, what its processor's add, and videos' as "video_processor"."""
     preprocessor, processor = directory / "preprocessor_config.json", directory / "processor_config.json"
     outer = read_json(processor) if processor.is_file() else {}
     inner = read_json(preprocessor) if preprocessor.is_file() else outer.get("image_processor")
@@ -277,7 +281,7 @@ def _image_settings(directory: Path) -> dict[str, Any]:
     settings = {**outer, **inner}
     film = directory / "video_preprocessor_config.json"
     if film.is_file():
-        settings["video"] = read_json(film)
+        settings["video_processor"] = read_json(film)
     settings["processor_class"] = outer.get("processor_class") or inner.get("processor_class")
     return settings
 

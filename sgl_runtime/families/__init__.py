@@ -24,11 +24,12 @@ FAMILIES: tuple[type[Family], ...] = (
     LlavaOnevision,
     Idefics3,
     SmolVLM,
-    Gemma3,
 )
+REFUSED: tuple[type[Family], ...] = (Gemma3,)  # known, so that the reason can be told
 
 __all__ = [
     "FAMILIES",
+    "REFUSED",
     "Family",
     "Features",
     "Prepared",
@@ -46,7 +47,7 @@ def family_of(model_type: Any) -> type[Family]:
     CheckpointError
         None does; the message lists those that are supported.
     """
-    for family in FAMILIES:
+    for family in (*FAMILIES, *REFUSED):
         if model_type in family.model_types:
             return family
     known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))

@@ -154,11 +154,13 @@ class Preprocessor(ABC):
     ----------
     image_mark : what the chat template writes for an image, replaced by `Prepared.text`
     video_mark : likewise for a video; None when the family takes none
+    video_template : chat template that takes the place of the checkpoint's where there is a video; None: none
     visual_tokens : the tokenizer's names of the family's visual tokens, in the order of `Family.visual_ids`
     """
 
     image_mark: str
     video_mark: str | None = None
+    video_template: str | None = None
     visual_tokens: tuple[str, ...]
 
     @abstractmethod
@@ -169,7 +171,8 @@ class Preprocessor(ABC):
         ----------
         settings
             The contents of preprocessor_config.json, or of image_processor in processor_config.json, with
-            those of processor_config.json's other keys that it lacks.
+            those of processor_config.json's other keys that it lacks; ``video_processor`` holds the settings of
+            videos, where the checkpoint has any.
         tokenizer
             The checkpoint's tokenizer.
         family

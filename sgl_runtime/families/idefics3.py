@@ -145,6 +145,9 @@ class SmolVLMPreprocessor(Idefics3Preprocessor):
     def __init__(self, settings: dict[str, Any], tokenizer: Any, family: Family) -> None:
         """Build from settings; ``video_processor`` among them holds those of frames, if they differ."""
         super().__init__(settings, tokenizer, family)
+        from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
+
+        self.video_template = DEFAULT_CHAT_TEMPLATE  # which SmolVLMProcessor takes wherever there is a video
         own = settings.get("video_processor") or settings
         self.frame_edge = min(_longest_edge(own, "size"), _LONGEST_EDGE)
 

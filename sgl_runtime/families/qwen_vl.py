@@ -71,11 +71,13 @@ class QwenVLPreprocessor(Preprocessor):
         ):
             if settings[name] != ours:
                 raise CheckpointError(
-                    f"The image settings have a {name} of {settings[name]}, the model {ours}."
+                    f"The image settings have a {name} of {settings[name]}, the model has {ours}."
                 )
         self.side, self.patch = int(vision.spatial_merge_size), int(vision.patch_size)
         self.together = int(vision.temporal_patch_size)
-        limits = settings.get("video", {}).get("size") or family.video_pixels(self.side * self.patch)
+        limits = (settings.get("video_processor") or {}).get("size") or family.video_pixels(
+            self.side * self.patch
+        )
         self.video_limits = {"min_pixels": limits["shortest_edge"], "max_pixels": limits["longest_edge"]}
 
     def image(self, image: PILImage.Image) -> Prepared:
@@ -89,6 +91,7 @@ class QwenVLPreprocessor(Preprocessor):
 
     def video(self, frames: Sequence[PILImage.Image], seconds: Sequence[float]) -> Prepared:
         """Prepare a video; an odd last frame is shown twice."""
+        between = (seconds[-1] - seconds[0]) / max(1, len(seconds) - 1) or 1.0
         more = -len(frames) % self.together
         frames, seconds = [*frames, *[frames[-1]] * more], [*seconds, *[seconds[-1]] * more]
         pixels, grid = self._film(frames)
@@ -97,7 +100,6 @@ class QwenVLPreprocessor(Preprocessor):
         for step in range(steps):
             cells.append(grid_cells(grid[1] // self.side, grid[2] // self.side))
             cells[-1][:, 0] = torch.tensor([step, step + 1]) / steps
-        between = (seconds[-1] - seconds[0]) / max(1, len(seconds) - 1) or 1.0
         tensors = {
             "pixel_values_videos": pixels,
             "video_grid_thw": torch.tensor([grid]),

@@ -196,7 +196,7 @@ def test_damaged_config(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "blip"}, "type 'blip' are not supported; supported are gemma3, idefics3, internvl"),
+        ({"model_type": "blip"}, "type 'blip' are not supported; supported are idefics3, internvl"),
         ({"model_type": "blip"}, "docs/families.md"),
         ({"model_type": "llava"}, "vision tower is of type 'internvl_vision'"),
         ({"auto_map": {"AutoModel": "evil.Model"}, "model_type": "evil"}, "type 'evil'"),
