@@ -19,7 +19,7 @@ from .models import IMAGE, VIDEO
 PROMPT = "what <image> is <image> this"
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 # tall, wide, square, smaller than a crop, of one pixel's height or width, and one of both
-SHAPES = [(90, 40), (35, 120), (64, 64), (3, 3), (1, 50), (70, 1), (1, 1), (1, 4000), (57, 83)]
+SHAPES = [(90, 40), (35, 120), (64, 64), (3, 3), (1, 50), (70, 1), (1, 1), (1, 4000), (84, 42)]
 
 
 def tokenizer() -> Any:

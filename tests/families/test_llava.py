@@ -206,7 +206,9 @@ def test_layers_and_class_token_are_those_of_the_configuration(strategy: str, la
 def test_the_processor_and_the_engine_take_them(name: str) -> None:
     model = FAMILIES[name].make_model()
     _, settings, _ = PREPROCESSORS[{"llava": "1.5 tiny", "llava_next": "next tiny"}[name]]
-    processor = Processor.of(Path("here"), tokenizer(), settings, FAMILY_OF[name](model), None)
+    processor = Processor.of(
+        Path("here"), tokenizer(), settings, template=None, family=FAMILY_OF[name](model)
+    )
     inputs = processor([picture(60, 100), picture(28, 40)], "what is this")
     prompt = VLM(model, "small").prompt(inputs)
     assert sum(visual.tokens for visual in prompt.visuals) == len(inputs["visual_cells"])
