@@ -234,6 +234,8 @@ def test_the_processor_and_the_engine_take_them(shapes: list[tuple[int, int]]) -
     inputs = processor([picture(*shape) for shape in shapes], "what is this")
     prompt = engine.prompt(inputs)
     assert sum(visual.tokens for visual in prompt.visuals) == len(inputs["visual_cells"])
+    assert inputs["batch_num_images"].tolist() == [len(shapes)]
+    assert inputs["pixel_values"].shape[1] == (1 if len(shapes) > 1 else 3)
 
 
 @torch.no_grad()
