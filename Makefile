@@ -1,4 +1,5 @@
-# make demo | test | bench | lint | cuda-check | tiny | clean. Each sets up $(VENV) by itself; the second time is quick.
+# make demo | test | test-matrix | bench | lint | cuda-check | tiny | clean.
+# Each sets up $(VENV) by itself; the second time is quick.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -6,13 +7,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench lint cuda-check tiny clean
+.PHONY: demo test test-matrix bench lint cuda-check tiny clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sgl-vlm demo
 
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest
+
+# For every night: the runtime's tests with the oldest and the newest transformers. Gigabytes of torch the first time.
+test-matrix: $(VENV)/.dev
+	PYTHON=$(PYTHON) TORCH="$(TORCH)" .ci/matrix
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.cpu_ops --out benchmarks/results
