@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         SGLError,
     )
     from sgl_runtime.pipeline import SGLPipeline, SGLResult
+    from sgl_runtime.videos import Video
 
 _HOME = {
     "SGLConfig": "config",
@@ -30,6 +31,7 @@ _HOME = {
     "NumericalError": "errors",
     "PromptError": "errors",
     "SGLError": "errors",
+    "Video": "videos",
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "SGLError",
     "SGLPipeline",
     "SGLResult",
+    "Video",
 ]
 
 

@@ -87,9 +87,19 @@ def demo(
 def run(
     small: Annotated[str, typer.Option(help="Checkpoint of the small VLM: a directory or a hub id.")],
     large: Annotated[str, typer.Option(help="Checkpoint of the large VLM.")],
-    image: Annotated[list[str], typer.Option(help="Image file; may be given several times.")],
-    prompt: Annotated[str, typer.Option(help="The question.")],
+    prompt: Annotated[
+        str, typer.Option(help="The question; <image> and <video> may mark where each of them goes.")
+    ],
+    image: Annotated[list[str] | None, typer.Option(help="Image file; may be given several times.")] = None,
+    video: Annotated[
+        list[str] | None, typer.Option(help="Video file or directory of frames; likewise, behind the images.")
+    ] = None,
+    frames: Annotated[int, typer.Option(help="Frames taken of a video.")] = 8,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     keep_ratio: KeepRatio = 0.2,
+    keep_scope: Annotated[
+        str, typer.Option(help="request: the best of all images; image: of each its own share.")
+    ] = "request",
     prune_layer: PruneLayer = "0.2",
     exit_threshold: ExitThreshold = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
@@ -107,26 +117,34 @@ def run(
         typer.Option("--tensor-parallel", help="Share the large VLM among the processes torchrun started."),
     ] = False,
 ) -> None:
-    """Answer one question about one or more images."""
+    """Answer one question about images and videos."""
     from sgl_runtime import parallel
     from sgl_runtime.errors import ConfigError
     from sgl_runtime.images import open_image
+    from sgl_runtime.videos import Video, open_video
 
-    config = _config(keep_ratio, prune_layer, exit_threshold, max_new_tokens)
+    config = _config(keep_ratio, prune_layer, exit_threshold, max_new_tokens, keep_scope=keep_scope)
+    images, videos = image or [], [Video(path, frames) for path in video or []]
     if save_map is not None:
-        if len(image) != 1:
+        if videos or len(images) != 1:
             raise ConfigError(
-                f"--save-map draws one image, got {len(image)}. Leave it out or ask about one image."
+                f"--save-map draws one image, got {len(images)} and {len(videos)} videos. Leave it out or ask "
+                "about one image."
             )
         if parallel.is_first():
             _check_target(save_map)
-    opened = [open_image(path) for path in image]  # before the models, which may take minutes to load
+    opened = [open_image(path) for path in images]  # before the models, which may take minutes to load
+    for each in videos:
+        open_video(each)
     options = {"device": device, "dtype": dtype, "quantize": quantize, "tensor_parallel": tensor_parallel}
     if parallel.is_first():  # tells the memory that is taken, on stderr
         logging.basicConfig(format="%(message)s")
         logging.getLogger("sgl_runtime").setLevel(logging.INFO)
     pipe = _pipeline(small, large, config, **options)
-    result = pipe(opened, prompt)
+    asked = {"role": "user", "content": prompt}
+    result = pipe(
+        [*opened, *videos], prompt if system is None else [{"role": "system", "content": system}, asked]
+    )
     parallel.leave()
     if not parallel.is_first():
         return
@@ -213,7 +231,13 @@ def env(as_json: AsJson = False) -> None:
     typer.echo(json.dumps(found, default=str) if as_json else _lines(found))
 
 
-def _config(keep_ratio: float, prune_layer: str, exit_threshold: float | None, max_new_tokens: int) -> Any:
+def _config(
+    keep_ratio: float,
+    prune_layer: str,
+    exit_threshold: float | None,
+    max_new_tokens: int,
+    keep_scope: str = "request",
+) -> Any:
     from sgl_runtime.config import SGLConfig
     from sgl_runtime.errors import ConfigError
 
@@ -228,6 +252,7 @@ def _config(keep_ratio: float, prune_layer: str, exit_threshold: float | None, m
         prune_layer=layer,
         exit_threshold=exit_threshold,
         max_new_tokens=max_new_tokens,
+        keep_scope=keep_scope,
         compile=False,  # takes longer than the few questions of one command
         max_batch=1,
     )

@@ -171,8 +171,8 @@ class Preprocessor(ABC):
         ----------
         settings
             The contents of preprocessor_config.json, or of image_processor in processor_config.json, with
-            those of processor_config.json's other keys that it lacks; ``video_processor`` holds the settings of
-            videos, where the checkpoint has any.
+            those of processor_config.json's other keys that it lacks; ``video_processor`` holds the settings
+            of videos, where the checkpoint has any.
         tokenizer
             The checkpoint's tokenizer.
         family

@@ -151,6 +151,30 @@ def test_bad_settings(sgl_vlm, pair: Pair, picture: str, tmp_path: Path, changes
     assert not target.exists()
 
 
+def test_system_prompt_and_video(sgl_vlm, pair: Pair, picture: str, tmp_path: Path) -> None:
+    """A video of one frame and a system prompt reach the models: both change the answer's score."""
+    (tmp_path / "film").mkdir()
+    (tmp_path / "film" / "0.png").write_bytes(Path(picture).read_bytes())
+    small, large = pair
+    asked = ("run", "--small", small, "--large", large, "--prompt", "read the red circle", "--json")
+    scores = set()
+    for more in (
+        ("--image", picture),
+        ("--image", picture, "--system", "be brief"),
+        ("--image", picture, "--image", picture, "--keep-scope", "image"),
+    ):
+        code, out, err = sgl_vlm(*asked, *more)
+        assert code == 0, err
+        scores.add(json.loads(out)["confidence"])
+    assert len(scores) == 3
+    code, _, err = sgl_vlm(*asked)
+    assert (code, "at least one image" in err) == (2, True)
+    code, _, err = sgl_vlm(*asked, "--video", str(tmp_path / "no.mp4"))
+    assert (code, "There is no video file" in err) == (2, True)
+    code, _, err = sgl_vlm(*asked, "--image", picture, "--keep-scope", "all")
+    assert (code, "'request', 'image'" in err) == (2, True)
+
+
 def test_pickled_weights_are_refused(sgl_vlm, pair: Pair, picture: str, tmp_path: Path) -> None:
     for file in Path(pair[0]).iterdir():
         if file.suffix != ".safetensors":
