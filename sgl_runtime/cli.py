@@ -128,8 +128,8 @@ def run(
     if save_map is not None:
         if videos or len(images) != 1:
             raise ConfigError(
-                f"--save-map draws one image, got {len(images)} and {len(videos)} videos. Leave it out or ask "
-                "about one image."
+                f"--save-map draws one image, got {len(images)} and {len(videos)} videos. Leave it out or "
+                "ask about one image."
             )
         if parallel.is_first():
             _check_target(save_map)
