@@ -218,7 +218,9 @@ class QwenVL(Family):
                 return_dict=True,
             )
         planes = getattr(output, "deepstack_features", None) or ()
-        return Features(output.pooler_output[0], tuple(plane[0] for plane in planes))
+        # Newer transformers split them by image, of which there is one.
+        alone = tuple(plane if isinstance(plane, Tensor) else plane[0] for plane in planes)
+        return Features(output.pooler_output[0], alone)
 
     def positions(self, input_ids: Tensor, visuals: Sequence[Visual]) -> Tensor | None:
         def joined(name: str) -> Tensor | None:
