@@ -235,7 +235,7 @@ def test_the_processor_and_the_engine_take_them(shapes: list[tuple[int, int]]) -
     prompt = engine.prompt(inputs)
     assert sum(visual.tokens for visual in prompt.visuals) == len(inputs["visual_cells"])
     assert inputs["batch_num_images"].tolist() == [len(shapes)]
-    assert inputs["pixel_values"].shape[1] == (1 if len(shapes) > 1 else 3)
+    assert inputs["pixel_values"].shape[1] == (1 if len(shapes) > 1 else 1 + 2 * 3)
 
 
 @torch.no_grad()
