@@ -85,6 +85,11 @@ def make_plan(directory: Path, image_token_id: int) -> Plan:
         most ten of them are named.
     """
     chat = read_chat_config(directory)
+    if not 0 <= image_token_id < chat["llm_config"]["vocab_size"]:
+        raise CheckpointError(
+            f"{directory}: the image token's id is {image_token_id}, the model's vocabulary has "
+            f"{chat['llm_config']['vocab_size']} entries. The tokenizer or the given id is another model's."
+        )
     sources = tuple(_headers(directory, chat["llm_config"]))
     names = {source.name for source in sources}
     tied = not names.intersection(_OUTPUT_LAYERS)

@@ -172,9 +172,12 @@ def _from_sentencepiece(path: Path, config: dict[str, Any], kind: str, stop: str
 
 
 def _by_transformers(directory: Path, stop: str) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedConfig
 
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    options["config"] = (
+        PreTrainedConfig()
+    )  # or it reads config.json, and warns that it does not know its kind
     try:
         plain = AutoTokenizer.from_pretrained(directory, **options)
         named = AutoTokenizer.from_pretrained(directory, **options, **_IMAGE_TOKENS)

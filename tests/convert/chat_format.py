@@ -23,7 +23,7 @@ from transformers import (
 )
 
 LAYERS, BLOCKS, HEADS, KV_HEADS, HEAD_DIM = 3, 2, 4, 2, 8
-VOCAB, IMAGE = 120, 5
+VOCAB, IMAGE = 512, 5
 HIDDEN = HEADS * HEAD_DIM
 PHI3_ROPE = {
     "short_factor": [1.0 + i / 10 for i in range(HEAD_DIM // 2)],

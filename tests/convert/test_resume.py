@@ -18,7 +18,7 @@ from sgl_runtime.errors import CheckpointError
 
 from .chat_format import HIDDEN, IMAGE, VOCAB, chat_config, chat_tensors, make_native, save_chat
 
-SHARD_BYTES = 30_000
+SHARD_BYTES = 70_000
 NORM = "language_model.model.norm.weight"
 KILLED = """
 import os, signal, sys
@@ -207,6 +207,11 @@ def test_pickles(chat: Path, tmp_path: Path) -> None:
     for path in chat.glob("*.safetensors"):
         path.rename(path.with_name(f"pytorch_{path.stem}.bin"))
     assert "pickles" in _refusal(chat, tmp_path / "out")
+
+
+def test_id_outside_the_vocabulary(chat: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"is {VOCAB}, the model's vocabulary has {VOCAB} entries"):
+        convert(chat, tmp_path / "out", image_token_id=VOCAB)
 
 
 def test_no_tokenizer_and_no_id(chat: Path, tmp_path: Path) -> None:

@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from sgl_runtime.convert import convert, native_tokenizer
 from sgl_runtime.convert.tokenizer import backend, load_tokenizer, read_sentencepiece
 from sgl_runtime.errors import CheckpointError
 
-from .chat_format import chat_config, chat_tensors, make_native, save_chat
 from .tokenizer_files import (
     IMAGE_TOKENS,
     append_pieces,
@@ -156,38 +154,6 @@ def test_others_stay_as_transformers_reads_them(tmp_path: Path, kind: str) -> No
             assert again.decode(ids, skip_special_tokens=skip) == expected
     assert again.start_image_token == "<img>"
     assert again.convert_tokens_to_ids(IMAGE_TOKENS) == plain.convert_tokens_to_ids(IMAGE_TOKENS)
-
-
-@pytest.mark.parametrize("kind", ["internlm2", "qwen2", "phi3"])
-def test_converted_checkpoint(tmp_path: Path, kind: str) -> None:
-    """Tokenizer, chat template and end tokens of a whole checkpoint, converted and read directly."""
-    chat = tmp_path / "chat"
-    make_native(kind).save_pretrained(tmp_path / "native")
-    from safetensors.torch import load_file
-
-    tensors = chat_tensors(load_file(tmp_path / "native" / "model.safetensors"), kind)
-    save_chat(chat, tensors, chat_config(kind))
-    {"internlm2": save_internlm2, "qwen2": save_qwen2, "phi3": save_llama}[kind](chat)
-    out = convert(chat, tmp_path / "out")
-    direct, saved = native_tokenizer(chat), AutoTokenizer.from_pretrained(out)
-    assert direct is not None
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "the sign?"}]}]
-    rendered = [
-        t.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for t in (direct, saved)
-    ]
-    assert rendered[0] == rendered[1]
-    assert "书生多模态大模型" in rendered[0]
-    assert rendered[0].count("<IMG_CONTEXT>") == 1
-    assert direct(rendered[0])["input_ids"] == saved(rendered[0])["input_ids"]
-    stop = {"phi3": "<|end|>"}.get(kind, "<|im_end|>")
-    generation = json.loads((out / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == [saved.convert_tokens_to_ids(stop), 2]
-    config = json.loads((out / "config.json").read_text())
-    assert config["image_token_id"] == saved.convert_tokens_to_ids("<IMG_CONTEXT>")
-    assert not list(out.glob("*.py"))
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    convert(chat, out)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 @pytest.mark.parametrize(
