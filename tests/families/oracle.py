@@ -56,7 +56,8 @@ def embed(case: Case, model: Any, inputs: Inputs) -> Embedded:
     hidden, positions = seen["inputs_embeds"], seen.get("position_ids")
     if positions is None:
         positions = torch.arange(hidden.shape[1])[None]
-    visual = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
+    marks = [model.config.image_token_id, getattr(model.config, "video_token_id", None) or -1]
+    visual = torch.isin(inputs["input_ids"][0], torch.tensor(marks)).nonzero()[:, 0]
     planes = []
     for features in seen.get("deepstack_visual_embeds") or []:
         planes.append(torch.zeros_like(hidden).index_copy(1, visual, features[None]))
