@@ -22,6 +22,7 @@ import sgl_kernels
 from sgl_runtime.errors import PromptError
 
 _SAME = 1e-4  # boxes are shares of an image; two cells are never this near to each other
+_TOUCH = 1e-6  # neighbours share a border, of which rounding makes no overlap
 _PAIRS_TOGETHER = 1 << 22  # of small and large tokens: 16 MiB for each intermediate result
 
 
@@ -158,7 +159,8 @@ def _shares(givers: Tensor, takers: Tensor) -> Tensor:
     for axis in range(3):
         begin, end = givers[:, axis, :1], givers[:, axis, 1:]  # (n, 1)
         other_begin, other_end = takers[:, axis, 0], takers[:, axis, 1]  # (m,)
-        overlap *= (torch.minimum(end, other_end) - torch.maximum(begin, other_begin)).clamp_min(0)
+        length = torch.minimum(end, other_end) - torch.maximum(begin, other_begin)
+        overlap *= torch.where(length > _TOUCH, length, 0)
         distance += (begin + end - other_begin - other_end).square()
     total = overlap.sum(1, keepdim=True)
     nearest = torch.zeros_like(overlap).scatter(1, distance.argmin(1, keepdim=True), 1)
