@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,6 @@ def load_model(
     files = safetensors_of(directory)
     import transformers
 
-    _check_version(transformers.__version__)
     loader: Any = getattr(transformers, family.architecture)
     try:
         config = loader.config_class.from_pretrained(directory, local_files_only=True)
@@ -154,6 +154,9 @@ def view(model: nn.Module) -> ModelView:
     kind = family_of(getattr(config, "model_type", None))
     if not hasattr(model, "lm_head"):
         raise CheckpointError(f"Expected transformers' {kind.architecture}, got {type(model).__name__}.")
+    import transformers
+
+    _check_version(transformers.__version__)
     kind.check_config(config)
     family, text = kind(model), config.text_config
     decoder: Any = getattr(model.model, kind.decoder)
@@ -272,6 +275,7 @@ def _load_chat_format(
     return model.to(device)
 
 
+@cache
 def _check_version(version: str) -> None:
     """Warn of a transformers release that nobody has tried; it may well work."""
     found = tuple(int(part) for part in version.split(".")[:2])

@@ -305,3 +305,18 @@ def test_layer_is_checked_against_the_large_model(pair: tuple[Path, Path]) -> No
 def test_device_and_dtype(pair: tuple[Path, Path], device: Any, dtype: Any) -> None:
     with pytest.raises(ConfigError, match=r"device='warp'|is not supported; write 'auto'|CUDA devices"):
         SGLPipeline.from_pretrained(*pair, device=device, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("version", "warned"), [("5.17.0", False), ("5.23.1", False), ("5.16.9", True), ("6.0.0.dev0", True)]
+)
+def test_an_untried_transformers_is_told_once(
+    version: str, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("transformers.__version__", version)
+    hf._check_version.cache_clear()
+    for _ in range(2):
+        hf.view(slow.make_model())
+    told = [record.getMessage() for record in caplog.records if "transformers" in record.getMessage()]
+    assert len(told) == warned
+    assert not warned or f"transformers {version} is not among the releases that were tested, 5.17" in told[0]
