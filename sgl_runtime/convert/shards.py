@@ -49,6 +49,7 @@ def open_output(out: Path, plan: Plan, shard_bytes: int) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     for partial in left:
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+    _check_room(out, sum(source.nbytes for source in plan.sources))
     write_json(path, record)
     return record
 
@@ -84,6 +85,16 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_room(out: Path, total: int) -> None:
+    free = shutil.disk_usage(out).free
+    wanted = total - sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    if wanted > free:
+        raise CheckpointError(
+            f"{out} needs {wanted / 2**30:.1f} GiB more, {free / 2**30:.1f} GiB are free there. Make room "
+            "or choose another place."
+        )
 
 
 def _fingerprint(plan: Plan) -> dict[str, Any]:

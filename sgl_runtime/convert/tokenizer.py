@@ -95,6 +95,9 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
 def backend(model: SentencePieceModel, added: dict[int, Any], *, prefix_first_only: bool) -> Any:
     """Return a ``tokenizers.Tokenizer`` that encodes and decodes as sentencepiece does.
 
+    One thing differs: where the model prefixes or trims blanks, it does so on both sides of a user-defined
+    piece in the text too.
+
     Parameters
     ----------
     added
@@ -134,7 +137,7 @@ def backend(model: SentencePieceModel, added: dict[int, Any], *, prefix_first_on
     )
     for i, (text, _, kind) in enumerate(model.pieces):
         if kind == _USER_DEFINED and i not in added and " " not in text:  # it looks for escaped blanks only
-            core.add_tokens([AddedToken(text, normalized=True)])
+            core.add_tokens([AddedToken(text, normalized=not (trim or prefix))])
     for i, token in sorted(added.items()):
         core.add_special_tokens([token]) if token.special else core.add_tokens([token])
         if core.token_to_id(token.content) != i:
@@ -254,9 +257,9 @@ def _parse_sentencepiece(data: bytes) -> SentencePieceModel:
         (sum(kind == _BYTE for _, _, kind in pieces) != 256, "no byte fallback"),
         (trainer.get(24, 0), "blanks behind the words"),
         (
-            any(kind == _USER_DEFINED for _, _, kind in pieces)
+            any(kind == _USER_DEFINED and _SPACE in text for text, _, kind in pieces)
             and (normalizer.get(3, 1) or normalizer.get(4, 1)),
-            "user-defined pieces beside a prefix or trimmed blanks",
+            "blanks in user-defined pieces, and a prefix or trimmed blanks",
         ),
         (all(kind != _UNKNOWN for _, _, kind in pieces), "no unknown piece"),
         (normalizer.get(2), "character normalisation"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,6 +80,7 @@ def _refusal(chat: Path, out: Path) -> str:
     return str(failure.value)
 
 
+@pytest.mark.slow  # a new process for each
 @pytest.mark.parametrize(("place", "at"), [("shard", 1), ("shard", 30), ("settings", 1)])
 def test_killed_and_taken_up(chat: Path, tmp_path: Path, place: str, at: int) -> None:
     out, fresh = tmp_path / "out", _convert(chat, tmp_path / "fresh")
@@ -131,6 +134,14 @@ def test_occupied_place(chat: Path, tmp_path: Path) -> None:
     assert "not begun by sgl-vlm convert" in _refusal(chat, place)
     assert "not begun by sgl-vlm convert" in _refusal(chat, place / "thesis.txt")
     assert [path.name for path in place.iterdir()] == ["thesis.txt"]
+
+
+def test_full_disk(chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = _convert(chat, tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    told = _refusal(chat, tmp_path / "more")
+    assert "are free" in told
+    _convert(chat, out)  # needs no more than it has
 
 
 def test_native_source(chat: Path, tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ def _reference(model: bytes) -> Any:
         (True, False, []),
         (False, True, []),
         (True, True, []),
+        (True, False, ["<sep>", "[UNUSED]"]),  # which the texts do not hold
+        (True, True, ["<sep>", "[UNUSED]"]),
     ],
 )
 def test_encodes_and_decodes_as_sentencepiece(
@@ -161,7 +163,7 @@ def test_others_stay_as_transformers_reads_them(tmp_path: Path, kind: str) -> No
     [
         ({"byte_fallback": False, "vocab_size": 150}, "no byte fallback"),
         ({"model_type": "unigram", "vocab_size": 330}, "another algorithm"),
-        ({"user_defined_symbols": ["<sep>"], "add_dummy_prefix": True}, "user-defined pieces"),
+        ({"user_defined_symbols": ["▁▁"], "add_dummy_prefix": True}, "blanks in user-defined pieces"),
         ({"normalization_rule_name": "nmt_nfkc"}, "character normalisation"),
         ({"treat_whitespace_as_suffix": True}, "blanks behind the words"),
     ],
