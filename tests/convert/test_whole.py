@@ -63,12 +63,15 @@ def test_converted_checkpoint(tmp_path: Path, kind: str, capfd: pytest.CaptureFi
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_prompt_of_the_research_code(tmp_path: Path) -> None:
-    """The pipeline on a converted checkpoint sees the very ids that the research code's chat() makes."""
+@pytest.mark.parametrize("way", ["converted", "direct"])
+def test_prompt_of_the_research_code(tmp_path: Path, way: str) -> None:
+    """The pipeline on such a checkpoint sees the very ids that the research code's chat() makes."""
     chat, (model, ids) = _chat(tmp_path, "internlm2")
-    out = convert(chat, tmp_path / "out")
+    place = convert(chat, tmp_path / "out") if way == "converted" else chat
+    files = sorted(chat.iterdir())
     config = SGLConfig(keep_ratio=0.5, max_new_tokens=4, compile=False, max_batch=1)
-    pipe = SGLPipeline.from_pretrained(out, out, config=config, device="cpu", dtype="float32")
+    pipe = SGLPipeline.from_pretrained(place, place, config=config, device="cpu", dtype="float32")
+    assert sorted(chat.iterdir()) == files
     pixels = np.random.default_rng(0).integers(0, 255, (28, 56, 3), dtype=np.uint8)
     image, per_tile, tiles = Image.fromarray(pixels), 4, 3  # two tiles and the thumbnail
     question = (
