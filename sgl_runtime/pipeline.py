@@ -21,7 +21,7 @@ from sgl_runtime.config import SGLConfig
 from sgl_runtime.engine import VLM
 from sgl_runtime.errors import BatchError, PromptError, SGLError
 from sgl_runtime.overlap import Worker
-from sgl_runtime.processing import Message, Processor, Visuals
+from sgl_runtime.processing import Message, Processor, Visuals, open_visuals
 from sgl_runtime.quantize import check_scheme
 from sgl_runtime.requests import Prompt
 from sgl_runtime.runner import Outcome, Runner
@@ -284,8 +284,9 @@ class SGLPipeline:
         with clock.stage("preprocess"):
             for number, (images, prompt) in enumerate(requests):
                 try:
+                    opened = open_visuals(images)  # once for both
                     inputs.append(
-                        (self.small_processor(images, prompt), self.large_processor(images, prompt))
+                        (self.small_processor(opened, prompt), self.large_processor(opened, prompt))
                     )
                 except SGLError as error:
                     errors[number] = error

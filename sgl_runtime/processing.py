@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from PIL import Image as PILImage
 from torch import Tensor
 
 from sgl_runtime import convert, hf
@@ -19,14 +20,14 @@ from sgl_runtime.checkpoints import first_line, read_json
 from sgl_runtime.errors import CheckpointError, PromptError
 from sgl_runtime.families import Family, Prepared, Preprocessor
 from sgl_runtime.images import Image, open_image
-from sgl_runtime.videos import Video, open_video
+from sgl_runtime.videos import Film, Video, open_video
 
 MARKS = {"<image>": "image", "<video>": "video"}
 _MARK = re.compile("|".join(MARKS))
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _ROLES = ("system", "user", "assistant")
 
-Visuals: TypeAlias = Image | Video | Sequence[Image | Video]
+Visuals: TypeAlias = Image | Video | Sequence[Image | Video | Film]
 Message: TypeAlias = Mapping[str, Any]
 Part = dict[str, str]
 
@@ -126,10 +127,10 @@ class Processor:
         ImageError, PromptError
             A bad image or video, none at all, an empty prompt, or marks that do not match.
         """
-        sources: list[Any] = list(visuals) if isinstance(visuals, (list, tuple)) else [visuals]
-        kinds = ["video" if isinstance(source, Video) else "image" for source in sources]
+        opened = open_visuals(visuals)
+        kinds = ["video" if isinstance(one, Film) else "image" for one in opened]
         text = self._render(self._conversation(prompt, kinds), kinds)
-        parts = self._prepared(sources)
+        parts = self._prepared(opened)
         first, *rest = self._find.split(text)
         text = first + "".join(part.text + piece for part, piece in zip(parts, rest, strict=True))
         bos = self.tokenizer.bos_token
@@ -147,12 +148,12 @@ class Processor:
         """Return token ids as text, without special tokens and outer blanks."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
 
-    def _prepared(self, sources: Sequence[Any]) -> list[Prepared]:
-        stills = [open_image(source) for source in sources if not isinstance(source, Video)]
+    def _prepared(self, opened: Sequence[PILImage.Image | Film]) -> list[Prepared]:
+        stills = [one for one in opened if not isinstance(one, Film)]
         images = iter(self.preprocessor.images(stills) if stills else [])
         return [
-            self.preprocessor.video(*open_video(source)) if isinstance(source, Video) else next(images)
-            for source in sources
+            self.preprocessor.video(one.frames, one.seconds) if isinstance(one, Film) else next(images)
+            for one in opened
         ]
 
     def _conversation(self, prompt: str | Sequence[Message], kinds: list[str]) -> list[dict[str, Any]]:
@@ -211,6 +212,15 @@ class Processor:
         return "".join(
             part["text"] if part["type"] == "text" else f"{self._marks[part['type']]}\n" for part in parts
         )
+
+
+def open_visuals(visuals: Any) -> list[PILImage.Image | Film]:
+    """Open one image or video, or a list of them, for `Processor`; what is open stays as it is."""
+    sources = visuals if isinstance(visuals, (list, tuple)) else [visuals]
+    return [
+        one if isinstance(one, Film) else open_video(one) if isinstance(one, Video) else open_image(one)
+        for one in sources
+    ]
 
 
 def _checked(messages: Any) -> list[Message]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image as PILImage
 
@@ -46,7 +46,14 @@ class Video:
             raise ConfigError(f"fps must be a positive number, got {self.fps!r}.")
 
 
-def open_video(video: Video) -> tuple[list[PILImage.Image], list[float]]:
+class Film(NamedTuple):
+    """An opened video: the frames that are shown, upright RGB and of one size, and when, in seconds."""
+
+    frames: list[PILImage.Image]
+    seconds: list[float]
+
+
+def open_video(video: Video) -> Film:
     """Return the frames of a video that are shown, and when.
 
     Only these are held in memory. Those of a file are turned upright as its metadata says; reading one needs
@@ -86,7 +93,7 @@ def open_video(video: Video) -> tuple[list[PILImage.Image], list[float]]:
                 f"The frames of a video must be of one size: the first is {_by(frames[0].size)}, number "
                 f"{number + 1} of those shown is {_by(frame.size)}."
             )
-    return frames, seconds
+    return Film(frames, seconds)
 
 
 def _existing(name: str) -> Path:
