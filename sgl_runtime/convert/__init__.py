@@ -25,7 +25,7 @@ from sgl_runtime.convert.shards import PARTIAL, open_output, write_json, write_s
 from sgl_runtime.convert.templates import chat_template, conversation
 from sgl_runtime.convert.tensors import Plan, make_plan
 from sgl_runtime.convert.tokenizer import CONTEXT, has_tokenizer, load_tokenizer
-from sgl_runtime.errors import CheckpointError
+from sgl_runtime.errors import CheckpointError, ConfigError
 
 __all__ = [
     "convert",
@@ -71,7 +71,9 @@ def convert(
     ------
     CheckpointError
         ``source`` is no chat-format checkpoint or cannot be expressed in transformers' format, or ``out`` is
-        something else.
+        something else, or there is no room for it.
+    ConfigError
+        The tokenizer says otherwise than ``image_token_id``.
     """
     from tqdm import tqdm
 
@@ -137,7 +139,8 @@ def load_chat_format(
     with torch.no_grad():
         for name, tensor in plan.tensors():
             weights[module_name(name)].copy_(tensor)
-    stop_id = tokenizer and tokenizer.convert_tokens_to_ids(conversation(plan.chat.get("template")).stop)
+    stop = conversation(plan.chat.get("template")).stop
+    stop_id = None if tokenizer is None else tokenizer.convert_tokens_to_ids(stop)
     model.generation_config = GenerationConfig(**settings.generation_settings(directory, plan.chat, stop_id))
     return model.to(device).eval()
 
@@ -168,7 +171,13 @@ def native_settings(directory: Path) -> tuple[dict[str, Any], str]:
 
 def _plan(directory: Path, tokenizer: Any | None, image_token_id: int | None) -> Plan:
     if tokenizer is not None:
-        image_token_id = tokenizer.convert_tokens_to_ids(CONTEXT)
+        known = tokenizer.convert_tokens_to_ids(CONTEXT)
+        if image_token_id not in (None, known):
+            raise ConfigError(
+                f"The id of {CONTEXT} was given as {image_token_id}, but the tokenizer in {directory} says "
+                f"{known}. Leave it out."
+            )
+        image_token_id = known
     if image_token_id is None:
         raise CheckpointError(
             f"{directory} holds no tokenizer, so the id of {CONTEXT} is not known. Put the tokenizer's files "

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from sgl_runtime import SGLConfig, SGLPipeline
 from sgl_runtime.convert import convert, native_tokenizer
+from sgl_runtime.errors import ConfigError
 
 from .chat_format import chat_config, chat_tensors, make_native, save_chat
 from .tokenizer_files import save_internlm2, save_llama, save_qwen2
@@ -61,6 +62,13 @@ def test_converted_checkpoint(tmp_path: Path, kind: str, capfd: pytest.CaptureFi
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     convert(chat, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_id_that_the_tokenizer_denies(tmp_path: Path) -> None:
+    chat, (_, ids) = _chat(tmp_path, "internlm2")
+    with pytest.raises(ConfigError, match=f"says {ids['<IMG_CONTEXT>']}"):
+        convert(chat, tmp_path / "out", image_token_id=7)
+    convert(chat, tmp_path / "out", image_token_id=ids["<IMG_CONTEXT>"])
 
 
 @pytest.mark.parametrize("way", ["converted", "direct"])
