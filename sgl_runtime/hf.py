@@ -27,6 +27,10 @@ from sgl_runtime.quantize import quantize_linears
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _TESTED = ((5, 17), (5, 23))  # oldest and newest transformers, by `make test-matrix`
+_NOT_SHARED = {
+    "phi3": "q, k and v are one matrix",
+    "qwen3_vl_moe_text": "the checkpoint holds its experts transposed",
+}
 CPU = torch.device("cpu")
 log = logging.getLogger(__name__)
 
@@ -306,9 +310,15 @@ def _bar_for(files: list[Path]) -> Iterator[None]:
 
 def _sharding(directory: Path, family: type[Family], config: Any, processes: int) -> dict[str, Any]:
     """Return what makes ``from_pretrained`` share a decoder out to ``processes`` processes."""
+    from transformers import Qwen3Config
     from transformers.distributed import DistributedConfig
 
     text, decoder = config.text_config, f"model.{family.decoder}"
+    if text.model_type in _NOT_SHARED:
+        raise ConfigError(
+            f"{directory} has a text model of type {text.model_type!r}, which transformers cannot share out: "
+            f"{_NOT_SHARED[text.model_type]}. Run it in one process."
+        )
     heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
     if heads % processes or kv_heads % processes:
         raise ConfigError(
@@ -316,7 +326,8 @@ def _sharding(directory: Path, family: type[Family], config: Any, processes: int
             f"cannot share evenly. Start torchrun with --nproc-per-node set to a divisor of both, at most "
             f"{math.gcd(heads, kv_heads)}."
         )
-    plan = {f"{decoder}.{name}": style for name, style in text.base_model_tp_plan.items()}
+    styles = text.base_model_tp_plan or Qwen3Config.base_model_tp_plan  # Qwen3-VL has none, and these modules
+    plan = {f"{decoder}.{name}": style for name, style in styles.items()}
     if text.vocab_size % processes == 0:  # transformers 5.17 leaves these two to us and cannot split unevenly
         plan[f"{decoder}.embed_tokens"] = "embedding_rowwise"
         plan["lm_head"] = "colwise_gather_output"
@@ -327,7 +338,9 @@ def _use_local_weights(layers: nn.Module) -> None:
     """Unwrap the decoder layers' DTensors, as each call would: plain tensors can be joined and quantised."""
     from torch.distributed.tensor import DTensor
 
-    for module in layers.modules():
+    for path, module in layers.named_modules():
+        if path.endswith(".experts"):  # transformers 5.17 then forgets to add up their outputs
+            continue
         for name, weight in list(module.named_parameters(recurse=False)):
             if isinstance(weight, DTensor):
                 setattr(module, name, nn.Parameter(weight.to_local(), requires_grad=False))
