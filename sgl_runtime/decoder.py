@@ -79,15 +79,12 @@ class Decoder:
         if self.cos.shape[0] < length:
             self._make_tables(length)
 
-    def prompt_rope(self, length: int, positions: Tensor | None) -> tuple[Tensor, Tensor, int]:
-        """Return cos and sin (length, D) of a prompt, and the position behind it.
-
-        ``positions`` (3, length) come from the family; None means 0, 1, ...
-        """
-        if positions is None:
-            self.reserve_positions(length)
-            return self.cos[:length], self.sin[:length], length
-        return *self._rope(positions), int(positions.max()) + 1
+    def prompt_rope(self, length: int, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return cos and sin (length, D) of a prompt whose positions are (3, length), or None: 0, 1, ..."""
+        if positions is not None:
+            return self._rope(positions)
+        self.reserve_positions(length)
+        return self.cos[:length], self.sin[:length]
 
     def lower(
         self, rows: Rows, cache: KVCache | None, at: Tensor, stop: int, mass: MassRows | None

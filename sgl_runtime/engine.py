@@ -309,14 +309,14 @@ class VLM:
         index = prompt.visual_index[0].long()
         tokens = torch.cat([each.tokens for each in features])[None].to(hidden.dtype)
         planes = [torch.cat(parts) for parts in zip(*(each.planes for each in features), strict=True)]
-        cos, sin, next_angle = self.decoder.prompt_rope(prompt.length, prompt.positions)
+        cos, sin = self.decoder.prompt_rope(prompt.length, prompt.positions)
         rows = Rows(
             hidden.index_copy(1, index, tokens),
             cos[None],
             sin[None],
             tuple(torch.zeros_like(hidden).index_copy(1, index, plane[None]) for plane in planes),
         )
-        return Request(prompt, rows, next_angle, tokens.isfinite().all())
+        return Request(prompt, rows, tokens.isfinite().all())
 
     def _lower(self, group: Group, stop: int, with_mass: bool) -> Group:
         cache, rows, at = self.memory.cache, group.rows, group.at

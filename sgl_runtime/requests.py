@@ -32,6 +32,7 @@ class Prompt:
     text_rows : (1, R) int32, positions of the text tokens after the first visual token: the rows that count
     spans : lengths of the runs of adjacent visual tokens
     positions : (3, S) int64, rotary positions; None: 0, 1, ...
+    next_angle : the rotary position behind the prompt
     cells : which image and which part of it each visual token covers; None when the processor did not say
     """
 
@@ -41,6 +42,7 @@ class Prompt:
     text_rows: Tensor
     spans: tuple[int, ...]
     positions: Tensor | None
+    next_angle: int
     cells: Cells | None
 
     @property
@@ -64,7 +66,8 @@ class Prompt:
         """(N,) int64, the number of each visual token's image; that of its run where nobody said."""
         if self.cells is not None:
             return self.cells.image
-        return torch.arange(len(self.spans)).repeat_interleave(torch.tensor(self.spans))
+        spans = torch.tensor(self.spans, device=self.visual_index.device)
+        return torch.arange(len(spans), device=spans.device).repeat_interleave(spans)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,13 +77,11 @@ class Request:
     Attributes
     ----------
     rows : text embeddings and image features (1, S, C), rotary angles, DeepStack planes
-    next_angle : the rotary position behind the prompt
     finite : () bool, whether all image features are
     """
 
     prompt: Prompt
     rows: Rows
-    next_angle: int
     finite: Tensor
 
     @property
@@ -266,6 +267,7 @@ def make_prompt(model: hf.ModelView, name: str, inputs: Mapping[str, Any]) -> Pr
         text_rows=text[text > positions[0]][None].int().to(device),
         spans=tuple(b - a for a, b in pairwise(bounds)),
         positions=None if angles is None else angles.to(device),
+        next_angle=len(ids) if angles is None else int(angles.max()) + 1,
         cells=_cells(name, inputs, len(positions), device),
     )
 
@@ -318,7 +320,7 @@ def _group(requests: list[Request], members: list[int], length: int) -> Group:
         members=members,
         at=torch.tensor(members, device=device),
         seq_lens=counts([prompt.length for prompt in prompts]),
-        next_angle=counts([request.next_angle for request in requests]),
+        next_angle=counts([prompt.next_angle for prompt in prompts]),
         visual_index=torch.cat([pad(p.visual_index, (0, length - p.num_visual), value=-1) for p in prompts]),
         rows=rows,
         hidden=rows.hidden,

@@ -192,7 +192,7 @@ class QwenVL(Family):
             )
         times = inputs.get("second_per_grid_ts")
         if videos and times is not None:
-            for video, time in zip(videos, torch.as_tensor(times).reshape(-1, 1).double(), strict=True):
+            for video, time in zip(videos, torch.as_tensor(times).reshape(-1, 1).double().cpu(), strict=True):
                 video.tensors["second_per_grid_ts"] = time
         left = {_IMAGE: images, _VIDEO: videos}
         kinds = self._kinds(inputs["input_ids"][0])
@@ -262,7 +262,7 @@ class QwenVL(Family):
     def _split(self, inputs: Mapping[str, Any], pixels: str, grids: str) -> list[Visual]:
         if inputs.get(pixels) is None and inputs.get(grids) is None:
             return []
-        patches, grid = tensor_of(inputs, pixels, 2), tensor_of(inputs, grids, 2)
+        patches, grid = tensor_of(inputs, pixels, 2), tensor_of(inputs, grids, 2).cpu()
         merge = int(self.config.vision_config.spatial_merge_size)
         if grid.shape[1] != 3 or bool((grid[:, 1:] % merge).any()) or bool((grid < 1).any()):
             raise PromptError(
