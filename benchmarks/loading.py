@@ -54,6 +54,7 @@ def main(
     if step:
         typer.echo(json.dumps(_run(step, place)))
         return
+    load = os.getloadavg()[0]
     room = Path(tempfile.mkdtemp(prefix="sgl-loading-", dir=place))
     try:
         shapes = _shapes(max(1, round(LAYERS * share)), max(1, round(BLOCKS * share)))
@@ -67,6 +68,7 @@ def main(
         "environment": environment(),
         "model": "InternVL2-26B with random weights in bfloat16",
         "layers": dict(zip(("language model", "vision tower"), _depths(shapes), strict=True)),
+        "load_average_before": load,
         "bytes": size,
         "largest_tensor_bytes": largest,
         "whole_model_bytes": whole,
@@ -257,7 +259,8 @@ def _table(document: dict[str, Any]) -> str:
     lines = [
         f"{document['model']}: {layers['language model']} of {LAYERS} layers, {layers['vision tower']} of "
         f"{BLOCKS} vision layers, {size / GIB:.1f} of {whole / GIB:.1f} GiB; largest tensor "
-        f"{document['largest_tensor_bytes'] / GIB:.2f} GiB. {document['environment']['cpu']}.",
+        f"{document['largest_tensor_bytes'] / GIB:.2f} GiB. {document['environment']['cpu']}, {os.cpu_count()} "
+        f"cores, load average {document['load_average_before']:.1f} before the run.",
         "",
         "| step | seconds | peak resident GiB | of it anonymous GiB | whole model: seconds | resident GiB |",
         "| --- | --- | --- | --- | --- | --- |",
