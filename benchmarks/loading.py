@@ -259,8 +259,8 @@ def _table(document: dict[str, Any]) -> str:
     lines = [
         f"{document['model']}: {layers['language model']} of {LAYERS} layers, {layers['vision tower']} of "
         f"{BLOCKS} vision layers, {size / GIB:.1f} of {whole / GIB:.1f} GiB; largest tensor "
-        f"{document['largest_tensor_bytes'] / GIB:.2f} GiB. {document['environment']['cpu']}, {os.cpu_count()} "
-        f"cores, load average {document['load_average_before']:.1f} before the run.",
+        f"{document['largest_tensor_bytes'] / GIB:.2f} GiB. {document['environment']['cpu']}, "
+        f"{os.cpu_count()} cores, load average {document['load_average_before']:.1f} before the run.",
         "",
         "| step | seconds | peak resident GiB | of it anonymous GiB | whole model: seconds | resident GiB |",
         "| --- | --- | --- | --- | --- | --- |",
