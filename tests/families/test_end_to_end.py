@@ -24,10 +24,10 @@ from sgl_runtime.requests import make_prompt
 from sgl_runtime.videos import Video
 
 from . import oracle
-from .checkpoints import film, for_transformers, picture, save_family
+from .checkpoints import WORDS, film, for_transformers, picture, save_family
 from .models import FAMILIES, IMAGE, VIDEO
 
-NEW = 6
+NEW, BOS = 6, 1
 CPU = torch.device("cpu")
 TAKES_VIDEOS = {name for name in FAMILIES if name.startswith(("internvl", "qwen", "llava_one", "smolvlm"))}
 CONVERSATION = [
@@ -119,6 +119,14 @@ def test_every_visual_token_has_a_place(pair: Pair, request_name: str) -> None:
             assert len(own) == 16 + 1  # several images are not cut into crops
     spans = make_prompt(pair.pipe.large.model, "large", inputs).spans
     assert sum(spans) == len(inputs["visual_cells"])
+
+
+def test_one_bos(pair: Pair) -> None:
+    """Whether the template writes it, as Idefics3's, the tokenizer adds it, as LLaVA's, or there is none."""
+    for visuals, prompt in IMAGES.values():
+        ids = pair.processor(visuals, prompt)["input_ids"][0]
+        wanted = [0] if WORDS[FAMILIES[pair.name].model_type].bos else []
+        assert (ids == BOS).nonzero()[:, 0].tolist() == wanted
 
 
 @pytest.mark.parametrize("request_name", VIDEOS)

@@ -96,6 +96,8 @@ GUIDED = {
     "smolvlm-internvl_llama": Guided("smolvlm", "internvl-llama"),
     "qwen2_vl-llava_next": Guided("qwen2_vl", "llava_next", shuffled=True, seed=2),
     "llava-qwen2_vl": Guided("llava", "qwen2_vl"),  # of which LLaVA-1.5 sees the middle
+    # as many tokens of an image in either, but not of the same parts
+    "internvl_llama-llava": Guided("internvl-llama", "llava", small_settings={"max_patches": 1}),
     "qwen3_vl-idefics3": Guided("qwen3_vl", "idefics3", shuffled=True, seed=9),
     "qwen2_5_vl-llava_onevision": Guided("qwen2_5_vl", "llava_onevision"),
     "qwen2_vl-qwen3_vl_moe": Guided("qwen2_vl", "qwen3_vl_moe"),  # one tokenizer and one grid
