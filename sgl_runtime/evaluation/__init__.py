@@ -1,0 +1,1 @@
+"""Evaluation: data sets and metrics, rankings and methods side by side, calibrated thresholds, reports."""
