@@ -28,6 +28,7 @@ from sgl_runtime.clock import Clock
 from sgl_runtime.config import SGLConfig, num_kept
 from sgl_runtime.engine import VLM
 from sgl_runtime.errors import SGLError
+from sgl_runtime.evaluation.intervals import bootstrap
 from sgl_runtime.files import whole_file
 from sgl_runtime.guidance import guide
 from sgl_runtime.pipeline import SGLPipeline
@@ -43,7 +44,6 @@ RANKINGS = ("guided", "oracle", "FastV", "random")
 EXIT_SETTING = "36 %"  # what the large VLM runs at in the early-exit curve
 MAX_NEW_TOKENS = 8
 QUESTIONS_PER_SCENE = 4
-_RESAMPLES = 2000
 
 
 def fastv_ranking(large: VLM, request: Request, layer: int) -> Tensor:
@@ -118,15 +118,6 @@ def _answer_in_worker(split: str, index: int) -> list[dict[str, Any]]:
     return answer_scene(_pipes[0], split, index)
 
 
-def interval(right: np.ndarray, scenes: np.ndarray) -> tuple[float, float, float]:
-    """Return mean and 95 % bootstrap interval of per-question results (questions,) asked about ``scenes``."""
-    _, scene = np.unique(scenes, return_inverse=True)
-    total, count = np.bincount(scene, weights=right), np.bincount(scene)
-    draws = np.random.default_rng(0).integers(0, len(total), (_RESAMPLES, len(total)))
-    low, high = np.percentile(total[draws].sum(1) / count[draws].sum(1), [2.5, 97.5])
-    return float(right.mean()), float(low), float(high)
-
-
 def exit_curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Accuracy when the questions with the highest decision score exit, and when as many random ones do.
 
@@ -145,9 +136,9 @@ def exit_curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "share": share,
                 "threshold": float(score[exits].min()),
-                "early exit": interval(routed, scenes),
-                "random routing": interval(chance, scenes),
-                "gain": interval(routed - chance, scenes),  # of the same scenes: paired
+                "early exit": bootstrap(routed, scenes),
+                "random routing": bootstrap(chance, scenes),
+                "gain": bootstrap(routed - chance, scenes),  # of the same scenes: paired
             }
         )
     return points
@@ -180,7 +171,7 @@ def _table_row(title: str, ranking: str, rows: list[dict[str, Any]], name: str) 
     scenes = np.array([row["scene"] for row in rows])
     by_kind = (f"{100 * _right([r for r in rows if r['kind'] == kind], name).mean():.1f}" for kind in KINDS)
     return (
-        f"| {title} | {ranking} | {_percent(interval(_right(rows, name), scenes))} | {' | '.join(by_kind)} |"
+        f"| {title} | {ranking} | {_percent(bootstrap(_right(rows, name), scenes))} | {' | '.join(by_kind)} |"
     )
 
 

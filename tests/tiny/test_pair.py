@@ -79,19 +79,3 @@ def test_exit_curve_routes_by_score() -> None:
     assert points[0.5]["random routing"][0] == pytest.approx(0.75)
     assert points[0.9]["early exit"][0] == pytest.approx(0.6)
     assert points[0.5]["threshold"] == pytest.approx(0.6)
-
-
-def test_interval_covers_a_binomial_mean() -> None:
-    right = np.array([1.0] * 80 + [0.0] * 20)
-    mean, low, high = evaluate.interval(right, np.arange(100))
-    assert mean == pytest.approx(0.8)
-    assert low == pytest.approx(0.8 - 1.96 * 0.04, abs=0.02)
-    assert high == pytest.approx(0.8 + 1.96 * 0.04, abs=0.02)
-
-
-def test_interval_counts_scenes_that_answer_as_one_once() -> None:
-    """Four copies of each question tell no more than one: the interval is that of 25 questions."""
-    right = np.repeat([1.0] * 20 + [0.0] * 5, 4)
-    mean, low, high = evaluate.interval(right, np.repeat(np.arange(25), 4))
-    assert mean == pytest.approx(0.8)
-    assert high - low == pytest.approx(2 * 1.96 * 0.08, abs=0.04)
