@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sgl_runtime.errors import CheckpointError, ConfigError
+from sgl_runtime.errors import CheckpointError, ConfigError, SGLError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -89,7 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in ``path``; CheckpointError when it cannot be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} could not be read as JSON: {first_line(error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}, expected a JSON object.")
@@ -108,6 +110,17 @@ def safetensors_of(directory: Path) -> list[Path]:
             "when loaded and are refused. Convert the checkpoint to safetensors on a machine that trusts it."
         )
     raise CheckpointError(f"{directory} holds no weights: expected model.safetensors or its shards.")
+
+
+@contextmanager
+def as_checkpoint_error(what: str) -> Iterator[None]:
+    """Turn whatever a wrong value in a checkpoint's files makes Python raise into a CheckpointError."""
+    try:
+        yield
+    except (SGLError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what} ({type(error).__name__}: {first_line(error)}).") from error
 
 
 def first_line(error: BaseException) -> str:

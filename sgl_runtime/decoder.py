@@ -68,6 +68,7 @@ class Decoder:
         self.norm = view.norm
         self.lm_head = view.lm_head
         self.softmax_scale = view.softmax_scale
+        self.capturable = view.capturable
         self._rope = view.rope
         self._context = view.context
         self._tables: list[tuple[Tensor, Tensor]] = []

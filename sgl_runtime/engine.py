@@ -308,13 +308,16 @@ class VLM:
         hidden = self.model.embed(prompt.input_ids)  # (1, S, C)
         index = prompt.visual_index[0].long()
         tokens = torch.cat([each.tokens for each in features])[None].to(hidden.dtype)
-        planes = [torch.cat(parts) for parts in zip(*(each.planes for each in features), strict=True)]
+        planes = [
+            torch.cat(parts)[None].to(hidden.dtype)
+            for parts in zip(*(each.planes for each in features), strict=True)
+        ]
         cos, sin = self.decoder.prompt_rope(prompt.length, prompt.positions)
         rows = Rows(
             hidden.index_copy(1, index, tokens),
             cos[None],
             sin[None],
-            tuple(torch.zeros_like(hidden).index_copy(1, index, plane[None]) for plane in planes),
+            tuple(torch.zeros_like(hidden).index_copy(1, index, plane) for plane in planes),
         )
         return Request(prompt, rows, tokens.isfinite().all())
 

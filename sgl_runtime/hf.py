@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class ModelView:
     num_kv_heads: int
     head_dim: int
     softmax_scale: float
+    capturable: bool  # whether a CUDA graph can hold a decode step
     context: int
     vocab_size: int
     eos_ids: frozenset[int]
@@ -122,6 +124,7 @@ def load_model(
                 directory,
                 config=config,
                 dtype=dtype,
+                attn_implementation="sdpa",  # a checkpoint may name a kernel of the hub, which is code
                 local_files_only=True,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
@@ -180,6 +183,7 @@ def view(model: nn.Module) -> ModelView:
         num_kv_heads=num_kv_heads,
         head_dim=attention.head_dim,
         softmax_scale=float(attention.scaling),
+        capturable=_capturable(decoder, weight),
         context=_context(text),
         vocab_size=text.vocab_size,
         eos_ids=_eos_ids(model),
@@ -245,7 +249,7 @@ def load_tokenizer(directory: Path) -> Any:
     """Return the tokenizer beside a checkpoint; raises whatever transformers raises."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 def _checked_family(directory: Path) -> type[Family]:
@@ -282,7 +286,7 @@ def _load_chat_format(
 @cache
 def _check_version(version: str) -> None:
     """Warn of a transformers release that nobody has tried; it may well work."""
-    found = tuple(int(part) for part in version.split(".")[:2])
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if not _TESTED[0] <= found <= _TESTED[1]:
         oldest, newest = (".".join(map(str, tested)) for tested in _TESTED)
         log.warning(
@@ -408,6 +412,13 @@ def _num_heads(attention: Any, text: Any) -> tuple[int, int]:
     if hasattr(attention, "qkv_proj"):
         return text.num_attention_heads, text.num_key_value_heads
     return tuple(p.weight.shape[0] // attention.head_dim for p in (attention.q_proj, attention.k_proj))
+
+
+def _capturable(decoder: Any, weight: Tensor) -> bool:
+    """Whether decoding never reads the device: torch's grouped products do where they have no own kernel."""
+    if all(hasattr(layer.mlp, "down_proj") for layer in decoder.layers) or weight.device.type != "cuda":
+        return True
+    return weight.dtype == torch.bfloat16 and torch.cuda.get_device_capability(weight.device)[0] in (9, 10)
 
 
 def _layer_view(layer: Any) -> Layer:

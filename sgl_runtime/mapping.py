@@ -12,7 +12,6 @@ receives is what a small token at its place did.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,12 +48,6 @@ class Cells:
     def __len__(self) -> int:
         return len(self.image)
 
-    @classmethod
-    def join(cls, images: Sequence[Tensor]) -> Cells:
-        """Build from the boxes (N_i, 3, 2) of each image, as `families.base.Prepared.cells` has them."""
-        counts = torch.tensor([len(boxes) for boxes in images])
-        return cls(torch.arange(len(images)).repeat_interleave(counts), torch.cat(list(images)))
-
 
 def same_grid(small: Cells, large: Cells) -> bool:
     """Return whether both see the same cells in the same order, so that token i stands for token i."""
@@ -90,20 +83,7 @@ def resample(mass: Tensor, small: Cells, large: Cells) -> Tensor:
     PromptError
         The two do not have the same images.
     """
-    if mass.shape != (1, len(small)):
-        raise ValueError(f"resample takes a mass of shape {(1, len(small))}, got {tuple(mass.shape)}.")
-    check_images(small, large)
-    out = torch.zeros(len(large), dtype=torch.float32, device=mass.device)
-    for number in small.image.unique().tolist():
-        givers, takers = ((cells.image == number).nonzero()[:, 0] for cells in (small, large))
-        given, boxes = mass[0, givers], large.boxes[takers]
-        taken = torch.zeros(len(takers), dtype=torch.float32, device=mass.device)
-        together = max(1, _PAIRS_TOGETHER // len(takers))
-        for some, own in zip(given.split(together), small.boxes[givers].split(together), strict=True):
-            shares = _shares(own, boxes)
-            taken += torch.where(shares > 0, some[:, None] * shares, 0).sum(0)
-        out[takers] = taken
-    return out[None]
+    return _spread(mass, small, large)
 
 
 def rank(mass: Tensor, small: Cells, large: Cells) -> Tensor:
@@ -115,8 +95,30 @@ def rank(mass: Tensor, small: Cells, large: Cells) -> Tensor:
 
     Parameters and errors are those of `resample`; returns (1, N_l) fp32.
     """
-    worth = resample(torch.ones_like(mass), small, large)
-    return torch.where(worth > 0, resample(mass, small, large) / worth, 0)
+    spread, worth = _spread(torch.cat((mass, torch.ones_like(mass))), small, large).split(1)
+    return torch.where(worth > 0, spread / worth, 0)
+
+
+def _spread(values: Tensor, small: Cells, large: Cells) -> Tensor:
+    """Spread values (k, N_s) of small tokens over large ones, (k, N_l), as `resample` says."""
+    if values.dim() != 2 or values.shape[1] != len(small):
+        raise ValueError(f"A mass must have the shape {(1, len(small))}, got {tuple(values.shape)}.")
+    check_images(small, large)
+    out = torch.zeros(len(values), len(large), dtype=torch.float32, device=values.device)
+    for number in small.image.unique().tolist():
+        givers, takers = ((cells.image == number).nonzero()[:, 0] for cells in (small, large))
+        given, boxes = values[:, givers], large.boxes[takers]
+        taken = torch.zeros(len(values), len(takers), dtype=torch.float32, device=values.device)
+        together = max(1, _PAIRS_TOGETHER // len(takers))
+        parts = zip(given.split(together, 1), small.boxes[givers].split(together), strict=True)
+        for some, own in parts:
+            shares = _shares(own, boxes)
+            for row, one in zip(
+                taken, some, strict=True
+            ):  # where: a share of 0 makes NaN and infinity nothing
+                row += torch.where(shares > 0, one[:, None] * shares, 0).sum(0)
+        out[:, takers] = taken
+    return out
 
 
 def per_image_ranking(ranking: Tensor, image: Tensor, keep_ratio: float) -> tuple[Tensor, int]:

@@ -36,18 +36,17 @@ def token_maps(values: np.ndarray, boxes: np.ndarray) -> list[np.ndarray]:
     """
     if len(values) != len(boxes):
         raise ValueError(f"{len(values)} values came for {len(boxes)} visual tokens; is it one image?")
-    maps, covered = [], 1.0
+    maps: list[np.ndarray] = []
+    painted = np.ones((_SIDE, _SIDE), dtype=bool)
     for value, (_, rows, columns), before in zip(values, boxes, [None, *boxes[:-1]], strict=True):
         if before is not None and np.array_equal(before[1:], (rows, columns)):
             continue  # a newline, which stands where the last patch of its row does
-        if covered > 0.999:
+        (top, bottom), (left, right) = np.rint(_SIDE * np.stack((rows, columns))).astype(int)
+        if painted[top:bottom, left:right].mean() > 0.5:  # the tokens begin to go over the image once more
             maps.append(np.zeros((_SIDE, _SIDE)))
-            covered = 0.0
-        (top, bottom), (left, right) = (
-            np.rint(np.multiply(side, _SIDE)).astype(int) for side in (rows, columns)
-        )
+            painted = np.zeros_like(painted)
         maps[-1][top:bottom, left:right] = value
-        covered += float((rows[1] - rows[0]) * (columns[1] - columns[0]))
+        painted[top:bottom, left:right] = True
     return maps
 
 

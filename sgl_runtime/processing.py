@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from sgl_runtime import convert, hf
-from sgl_runtime.checkpoints import first_line, read_json
+from sgl_runtime.checkpoints import as_checkpoint_error, first_line, read_json
 from sgl_runtime.errors import CheckpointError, PromptError
 from sgl_runtime.families import Family, Prepared, Preprocessor
 from sgl_runtime.images import Image, open_image
@@ -91,7 +91,8 @@ class Processor:
     ) -> Processor:
         """Put a processor together for a model; ``source`` names it in messages."""
         try:
-            processor = cls(tokenizer, family.preprocessor(settings, tokenizer, family), template)
+            with as_checkpoint_error("The image settings do not work"):
+                processor = cls(tokenizer, family.preprocessor(settings, tokenizer, family), template)
         except CheckpointError as error:
             raise CheckpointError(f"{source}: {error}") from error
         for name, expected in zip(processor.preprocessor.visual_tokens, family.visual_ids, strict=True):
@@ -171,10 +172,13 @@ class Processor:
                 f"The prompt marks places for {_listed(marked)}, but there came {_listed(kinds)}."
             )
         asks = next((turn for turn in turns if turn["role"] == "user"), None)
-        if asks is None or turns[-1]["role"] != "user" or not _text(turns[-1]).strip():
+        if turns[-1]["role"] != "user":
             raise PromptError(
-                f"The prompt must be a text that asks something, got {_text(turns[-1]) if turns else ''!r}."
+                f"A conversation must end in the user's turn, which asks something; the last one's role is "
+                f"{turns[-1]['role']}."
             )
+        if asks is None or not _text(turns[-1]).strip():
+            raise PromptError(f"The prompt must be a text that asks something, got {_text(turns[-1])!r}.")
         for turn in turns:
             self._check_text(_text(turn))
         if not marked:
@@ -195,7 +199,9 @@ class Processor:
         template = (self.preprocessor.video_template if "video" in kinds else None) or self.template
         if template is None:
             return "".join(turn["content"] for turn in flat)
-        failure = f"does not put {' '.join(dict.fromkeys(wanted))} once for each of {len(kinds)} images"
+        failure = (
+            f"cannot place {_listed(kinds)} in this order: it leaves some out, or has an order of its own"
+        )
         for messages in (turns, flat):  # some templates take parts, others only a string
             try:
                 text = self.tokenizer.apply_chat_template(

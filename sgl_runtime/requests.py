@@ -242,6 +242,7 @@ def make_prompt(model: hf.ModelView, name: str, inputs: Mapping[str, Any]) -> Pr
     family = model.family
     try:
         visuals = family.visuals({**inputs, "input_ids": ids[None]})
+        angles = family.positions(ids, visuals)
     except PromptError as error:
         raise PromptError(f"The {name} VLM's inputs: {error}") from error
     visual = torch.isin(ids, torch.tensor(family.visual_ids))  # (S,)
@@ -258,7 +259,6 @@ def make_prompt(model: hf.ModelView, name: str, inputs: Mapping[str, Any]) -> Pr
     text = (~visual).nonzero()[:, 0]
     jumps = (positions.diff() != 1).nonzero()[:, 0] + 1
     bounds = [0, *jumps.tolist(), len(positions)]
-    angles = family.positions(ids, visuals)
     device = model.device
     return Prompt(
         input_ids=ids[None].to(device),
@@ -267,7 +267,7 @@ def make_prompt(model: hf.ModelView, name: str, inputs: Mapping[str, Any]) -> Pr
         text_rows=text[text > positions[0]][None].int().to(device),
         spans=tuple(b - a for a, b in pairwise(bounds)),
         positions=None if angles is None else angles.to(device),
-        next_angle=len(ids) if angles is None else int(angles.max()) + 1,
+        next_angle=len(ids) if angles is None else int(angles[:, -1].max()) + 1,
         cells=_cells(name, inputs, len(positions), device),
     )
 
@@ -281,6 +281,11 @@ def _cells(name: str, inputs: Mapping[str, Any], count: int, device: torch.devic
             raise PromptError(f"The {name} VLM's {what} must be a tensor {shape}, got {describe(value)}.")
     assert image is not None
     assert boxes is not None
+    if image.is_floating_point() or bool(((image < 0) | (image >= count)).any()):
+        raise PromptError(
+            f"The {name} VLM's visual_image must number images from 0 on, got {describe(image)} with values "
+            f"from {float(image.min()):g} to {float(image.max()):g}."
+        )
     return Cells(image.to(device, torch.int64), boxes.to(device, torch.float32))
 
 

@@ -254,7 +254,10 @@ class Runner:
         config = self.config
         prompt = min(config.max_prompt_tokens, max(1, vlm.model.context - config.max_new_tokens))
         pruned = vlm is self.large and self._prunes
-        kept = min(prompt, min(prompt, config.max_text_tokens) + num_kept(prompt, config.keep_ratio))
+        kept = min(prompt, config.max_text_tokens) + num_kept(prompt, config.keep_ratio)
+        if config.keep_scope == "image":
+            kept += prompt // 16  # each image keeps one token at least, and has sixteen or more
+        kept = min(prompt, kept)
         vlm.reserve(
             config.max_batch,
             prompt,

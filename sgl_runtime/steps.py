@@ -34,7 +34,7 @@ class Steps:
     def __init__(self, decoder: Decoder, memory: Memory, *, compiled: bool) -> None:
         self.memory = memory
         self.compiled = compiled
-        self.captured = memory.device.type == "cuda"
+        self.captured = memory.device.type == "cuda" and decoder.capturable
         self._num_layers = len(decoder.layers)
         wrap = compilation.whole if compiled else _as_it_is
         self._lower = wrap(decoder.lower)

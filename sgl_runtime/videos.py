@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class Video:
     fps: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_frames, int) or self.num_frames < 1:
+        if not isinstance(self.num_frames, int) or isinstance(self.num_frames, bool) or self.num_frames < 1:
             raise ConfigError(f"num_frames must be a positive integer, got {self.num_frames!r}.")
         if not isinstance(self.fps, (int, float)) or not 0 < self.fps < math.inf:
             raise ConfigError(f"fps must be a positive number, got {self.fps!r}.")
@@ -79,6 +80,8 @@ def open_video(video: Video) -> Film:
         path = _existing(name)
         if path.is_file():
             frames, seconds = _from_file(path, name, video.num_frames)
+        elif not path.is_dir():
+            raise ImageError(f"{name} is neither a file nor a directory.")
         else:
             frames, seconds = _from_images(_files_of(path), f"{name} holds", video)
     elif isinstance(source, (list, tuple)):
@@ -111,7 +114,14 @@ def _existing(name: str) -> Path:
 
 
 def _files_of(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
+    found = [path for path in directory.iterdir() if path.is_file() and not path.name.startswith(".")]
+    return sorted(found, key=_counted)
+
+
+def _counted(path: Path) -> tuple[list[str | int], str]:
+    """Order names as one counts: frame2 before frame10."""
+    parts = re.split(r"(\d+)", path.name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
 
 
 def _from_images(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgl_runtime.checkpoints import checkpoint_directory
+from sgl_runtime.checkpoints import as_checkpoint_error, checkpoint_directory
 from sgl_runtime.convert import config as settings
 from sgl_runtime.convert.config import is_chat_format, read_chat_config
 from sgl_runtime.convert.names import module_name
@@ -78,14 +78,11 @@ def convert(
     from tqdm import tqdm
 
     directory, out = checkpoint_directory(source), Path(out)
-    tokenizer = native_tokenizer(directory)
-    plan = _plan(directory, tokenizer, image_token_id)
-    stop = conversation(plan.chat.get("template")).stop
+    tokenizer, plan, images, generation = _read(directory, image_token_id)
     record = open_output(out, plan, shard_bytes)
     total = sum(source.nbytes for source in plan.sources)
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=f"{out}") as bar:
         write_shards(out, plan, record, bar.update)
-    stop_id = None
     if tokenizer is None:
         _log.warning(
             "%s holds no tokenizer, so %s lacks one, and answers end at the text model's own end token only.",
@@ -93,12 +90,11 @@ def convert(
             out,
         )
     else:
-        stop_id = tokenizer.convert_tokens_to_ids(stop)
         _save_tokenizer(tokenizer, out)
     tokens = {"image_seq_length": plan.config.image_seq_length, "processor_class": "InternVLProcessor"}
     write_json(out / "processor_config.json", tokens)
-    write_json(out / "preprocessor_config.json", settings.image_settings(plan.chat))
-    write_json(out / "generation_config.json", settings.generation_settings(directory, plan.chat, stop_id))
+    write_json(out / "preprocessor_config.json", images)
+    write_json(out / "generation_config.json", generation)
     write_json(out / "config.json", json.loads(plan.config.to_json_string()))
     return out
 
@@ -111,7 +107,7 @@ def native_tensors(
     The tensors come under their names on disk and in the dtype in which they are stored, one source tensor
     in memory at a time. Raises as `convert` does.
     """
-    plan = _plan(directory, native_tokenizer(directory), image_token_id)
+    _, plan, _, _ = _read(directory, image_token_id)
     return plan.config, plan.tensors()
 
 
@@ -130,8 +126,7 @@ def load_chat_format(
     from transformers import GenerationConfig, InternVLForConditionalGeneration
     from transformers.initialization import no_init_weights
 
-    tokenizer = native_tokenizer(directory)
-    plan = _plan(directory, tokenizer, image_token_id)
+    _, plan, _, generation = _read(directory, image_token_id)
     with no_init_weights():
         model: Any = InternVLForConditionalGeneration._from_config(plan.config, dtype=dtype)
     model.tie_weights()
@@ -139,9 +134,7 @@ def load_chat_format(
     with torch.no_grad():
         for name, tensor in plan.tensors():
             weights[module_name(name)].copy_(tensor)
-    stop = conversation(plan.chat.get("template")).stop
-    stop_id = None if tokenizer is None else tokenizer.convert_tokens_to_ids(stop)
-    model.generation_config = GenerationConfig(**settings.generation_settings(directory, plan.chat, stop_id))
+    model.generation_config = GenerationConfig(**generation)
     return model.to(device).eval()
 
 
@@ -154,19 +147,34 @@ def native_tokenizer(directory: Path) -> Any | None:
         The tokenizer cannot be read without remote code, lacks the image tokens or the token that ends a
         turn, or the conversation template is not known.
     """
-    chat = read_chat_config(directory)
-    talk = conversation(chat.get("template"))
-    if not has_tokenizer(directory):
-        return None
-    tokenizer = load_tokenizer(directory, talk.stop)
-    tokenizer.chat_template = chat_template(talk)
-    return tokenizer
+    with as_checkpoint_error(f"{directory} holds settings that do not work"):
+        chat = read_chat_config(directory)
+        talk = conversation(chat.get("template"))
+        if not has_tokenizer(directory):
+            return None
+        tokenizer = load_tokenizer(directory, talk.stop)
+        tokenizer.chat_template = chat_template(talk)
+        return tokenizer
 
 
 def native_settings(directory: Path) -> tuple[dict[str, Any], str]:
     """Return what preprocessor_config.json would hold for a chat-format checkpoint, and its chat template."""
-    chat = read_chat_config(directory)
-    return settings.image_settings(chat), chat_template(conversation(chat.get("template")))
+    with as_checkpoint_error(f"{directory} holds settings that do not work"):
+        chat = read_chat_config(directory)
+        return settings.image_settings(chat), chat_template(conversation(chat.get("template")))
+
+
+def _read(
+    directory: Path, image_token_id: int | None
+) -> tuple[Any | None, Plan, dict[str, Any], dict[str, Any]]:
+    """Return the tokenizer, what is to be done, the image and generation settings; nothing is written yet."""
+    with as_checkpoint_error(f"{directory} holds settings that do not work"):
+        tokenizer = native_tokenizer(directory)
+        plan = _plan(directory, tokenizer, image_token_id)
+        images = settings.image_settings(plan.chat)
+        stop = conversation(plan.chat.get("template")).stop
+        stop_id = None if tokenizer is None else tokenizer.convert_tokens_to_ids(stop)
+        return tokenizer, plan, images, settings.generation_settings(directory, plan.chat, stop_id)
 
 
 def _plan(directory: Path, tokenizer: Any | None, image_token_id: int | None) -> Plan:

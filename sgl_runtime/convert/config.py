@@ -167,6 +167,8 @@ def generation_settings(directory: Path, chat: dict[str, Any], stop_id: int | No
     ids: list[int | None] = [stop_id]
     for more in (named, llm.get("eos_token_id")):
         ids += more if isinstance(more, list) else [more]
+    if not all(number is None or isinstance(number, int) for number in ids):
+        raise CheckpointError(f"{directory}: the end-of-sequence ids must be integers, got {ids}.")
     ids = [number for number in dict.fromkeys(ids) if number is not None]
     found = {"bos_token_id": llm.get("bos_token_id"), "pad_token_id": llm.get("pad_token_id")}
     found["eos_token_id"] = ids if len(ids) > 1 else next(iter(ids), None)

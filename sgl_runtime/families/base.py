@@ -116,7 +116,8 @@ class Family(ABC):
     def positions(self, input_ids: Tensor, visuals: Sequence[Visual]) -> Tensor | None:
         """Return the rotary positions (3, S) int64 of a prompt (S,); None: 0, 1, ... in every component.
 
-        The first answer token stands one behind the largest.
+        Text goes on one behind the last token, and no text stands further back than it would by counting
+        tokens.
         """
         return None
 

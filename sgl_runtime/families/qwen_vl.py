@@ -22,6 +22,7 @@ from sgl_runtime.families.base import (
     Prepared,
     Preprocessor,
     Visual,
+    describe,
     grid_cells,
     need,
     tensor_of,
@@ -75,10 +76,8 @@ class QwenVLPreprocessor(Preprocessor):
                 )
         self.side, self.patch = int(vision.spatial_merge_size), int(vision.patch_size)
         self.together = int(vision.temporal_patch_size)
-        limits = (settings.get("video_processor") or {}).get("size") or family.video_pixels(
-            self.side * self.patch
-        )
-        self.video_limits = {"min_pixels": limits["shortest_edge"], "max_pixels": limits["longest_edge"]}
+        # Without settings of its own transformers' video processor reads those of images.
+        self.video_limits = _limits(settings.get("video_processor") or settings, self.side * self.patch)
 
     def image(self, image: PILImage.Image) -> Prepared:
         patches, (_, rows, columns) = self._patches(image)
@@ -161,6 +160,14 @@ class Qwen3VLPreprocessor(QwenVLPreprocessor):
         return smart_resize(count, height, width, self.together, factor, **self.video_limits)
 
 
+def _limits(settings: Mapping[str, Any], factor: int) -> dict[str, int]:
+    """Return the fewest and most pixels of a frame, or with Qwen3 of a video, that settings allow."""
+    size = settings.get("size") or {}
+    least = settings.get("min_pixels") or size.get("shortest_edge") or 128 * factor**2
+    most = settings.get("max_pixels") or size.get("longest_edge") or 768 * factor**2
+    return {"min_pixels": int(least), "max_pixels": int(most)}
+
+
 class QwenVL(Family):
     """`Qwen2VLForConditionalGeneration`."""
 
@@ -172,11 +179,6 @@ class QwenVL(Family):
     parts: ClassVar[tuple[str, ...]] = (
         "vision_config",
     )  # older checkpoints keep the text model's settings at the top
-
-    @classmethod
-    def video_pixels(cls, factor: int) -> dict[str, int]:
-        """Return the limits of a frame's pixels where the checkpoint sets none."""
-        return {"shortest_edge": 128 * factor**2, "longest_edge": 768 * factor**2}
 
     @property
     def visual_ids(self) -> tuple[int, ...]:
@@ -191,17 +193,27 @@ class QwenVL(Family):
                 "request needs at least one image or video."
             )
         times = inputs.get("second_per_grid_ts")
+        if times is not None and torch.as_tensor(times).numel() != len(videos):
+            raise PromptError(
+                f"second_per_grid_ts must hold one number for each of {len(videos)} videos, got {times!r}."
+            )
         if videos and times is not None:
             for video, time in zip(videos, torch.as_tensor(times).reshape(-1, 1).double().cpu(), strict=True):
                 video.tensors["second_per_grid_ts"] = time
         left = {_IMAGE: images, _VIDEO: videos}
         kinds = self._kinds(inputs["input_ids"][0])
         order, at = [], 0
+        for kind, what in ((_IMAGE, "image"), (_VIDEO, "video")):
+            there, needed = int((kinds == kind).sum()), sum(visual.tokens for visual in left[kind])
+            if there != needed:
+                raise PromptError(
+                    f"the prompt has {there} visual tokens of {what}s, but its {what}s need {needed}."
+                )
         visible = kinds[kinds > 0].tolist()
-        while at < len(visible) and left[visible[at]]:
+        while at < len(visible):
             order.append(left[visible[at]].pop(0))
             at += order[-1].tokens
-        return [*order, *images, *videos]  # what is left over has no place in the prompt: too many tokens
+        return order
 
     def encode(self, visual: Visual) -> Features:
         tensors = visual.tensors
@@ -263,7 +275,14 @@ class QwenVL(Family):
         if inputs.get(pixels) is None and inputs.get(grids) is None:
             return []
         patches, grid = tensor_of(inputs, pixels, 2), tensor_of(inputs, grids, 2).cpu()
-        merge = int(self.config.vision_config.spatial_merge_size)
+        merge, width = (
+            int(self.config.vision_config.spatial_merge_size),
+            self.example()["pixel_values"].shape[1],
+        )
+        if patches.shape[1] != width:
+            raise PromptError(f"{pixels} must have {width} numbers a patch, got {describe(patches)}.")
+        if grid.is_floating_point():
+            raise PromptError(f"{grids} must hold integers, got {describe(grid)}.")
         if grid.shape[1] != 3 or bool((grid[:, 1:] % merge).any()) or bool((grid < 1).any()):
             raise PromptError(
                 f"{grids} must hold (time, height, width) in patches, height and width multiples of {merge}, "

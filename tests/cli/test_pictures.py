@@ -45,6 +45,15 @@ def test_tiles_go_back_into_the_picture() -> None:
     assert _points(thumbnail, 2, 2).tolist() == [[9, 8], [7, 6]]
 
 
+def test_tiles_with_seams_and_their_thumbnail() -> None:
+    """Towers whose patches do not fill a tile leave seams; the thumbnail still has a map of its own."""
+    half = [grid_cells(4, 4, (0, 0.98, left, left + 0.49)) for left in (0, 0.5)]
+    cells = np.concatenate([*half, grid_cells(4, 4, (0, 0.98, 0, 0.98))])
+    picture, thumbnail = token_maps(np.repeat([1, 2, 3], 16), cells)
+    assert set(np.unique(picture)) == {0, 1, 2}
+    assert set(np.unique(thumbnail)) == {0, 3}
+
+
 def test_a_newline_is_not_drawn() -> None:
     """A newline stands where the last patch of its row does."""
     cells = grid_cells(2, 2).numpy()[[0, 1, 1, 2, 3, 3]]

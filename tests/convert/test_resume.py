@@ -26,7 +26,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from sgl_runtime import convert
-from sgl_runtime.convert import config, tensors
+from sgl_runtime.convert import tensors
 
 source, out, place = sys.argv[1:]
 calls = 0
@@ -43,7 +43,7 @@ def killing(function):
 if place == "shard":
     tensors.Source.read = killing(tensors.Source.read)
 else:
-    config.generation_settings = killing(config.generation_settings)
+    convert.write_json = killing(convert.write_json)
 convert.convert(Path(source), Path(out), image_token_id={image}, shard_bytes={shard_bytes})
 """
 

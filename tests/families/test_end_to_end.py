@@ -44,6 +44,8 @@ IMAGES: dict[str, tuple[Any, Any]] = {
 VIDEOS: dict[str, tuple[Any, Any]] = {
     "a video": (Video(film(4, 80, 50)), "What happens?"),
     "three frames": (Video(film(3, 50, 80, seed=1), fps=2.0), "<video>What happens?"),
+    # Qwen2.5-VL counts seconds: the last step stands further back than the text behind it.
+    "a slow video": (Video(film(8, 80, 50), fps=0.5), "What happens?"),
     "a video between images": (
         [picture(60, 60), Video(film(2, 80, 50, seed=2)), picture(40, 90, seed=3)],
         "<image>, <video>, <image>?",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from sgl_runtime import hf
+from sgl_runtime.engine import VLM
 from sgl_runtime.errors import CheckpointError, ImageError, PromptError
 from sgl_runtime.families.base import Family
 from sgl_runtime.processing import Processor
@@ -169,12 +171,50 @@ def test_a_long_video_of_qwen3_is_made_smaller() -> None:
         ({"image_grid_thw": torch.tensor([[1, 6, 7]])}, "multiples of 2"),
         ({"image_grid_thw": torch.tensor([[1, 6]])}, "time, height, width"),
         ({"image_grid_thw": torch.tensor([[1, 60, 8]])}, "needs 480 patches, got"),
+        ({"image_grid_thw": torch.tensor([[1.0, 6.0, 16.0]])}, "must hold integers"),
+        ({"pixel_values": torch.zeros(96, 95)}, "96 numbers a patch"),
+        ({"second_per_grid_ts": torch.ones(2)}, "one number for each of 0 videos"),
+        ({"input_ids": torch.tensor([[3, *[7] * 20, *[8] * 4, 3]])}, "20 visual tokens of images.*need 24"),
     ],
 )
 def test_bad_inputs(name: str, changes: dict[str, Any], message: str) -> None:
     inputs = FAMILIES[name].make_inputs(images=((1, 2),))
     with pytest.raises(PromptError, match=message):
         family(name).visuals({**inputs, **changes})
+
+
+@pytest.mark.parametrize(
+    ("settings", "limits"),
+    [
+        ({}, (256, 2560)),
+        ({"size": None, "min_pixels": 640, "max_pixels": 1280}, (640, 1280)),
+        ({"video_processor": {"min_pixels": 64, "max_pixels": 128}}, (64, 128)),
+        ({"video_processor": {"size": {"shortest_edge": 64, "longest_edge": 192}}}, (64, 192)),
+        ({"video_processor": {"fps": 2}}, (128 * 64, 768 * 64)),
+    ],
+)
+def test_limits_of_frames(settings: dict[str, Any], limits: tuple[int, int]) -> None:
+    """As transformers' video processor finds them: its own settings, or those of images where it has none."""
+    found = processor("qwen2_5_vl", **settings).preprocessor.video_limits
+    assert (found["min_pixels"], found["max_pixels"]) == limits
+
+
+def test_a_wrong_setting_of_videos_is_a_bad_checkpoint() -> None:
+    own, tokens = family("qwen3_vl"), tokenizer()
+    with pytest.raises(CheckpointError, match="do not work"):
+        Processor.of(Path("x"), tokens, {**SETTINGS, "video_processor": {"size": 5}}, None, own)
+
+
+def test_a_tower_of_another_dtype() -> None:
+    """The text model's dtype is that of all rows, DeepStack planes among them."""
+    model = FAMILIES["qwen3_vl"].make_model()
+    model.model.language_model.to(torch.bfloat16)
+    model.lm_head.to(torch.bfloat16)
+    engine = VLM(model, "large")
+    inputs = FAMILIES["qwen3_vl"].make_inputs()
+    [request] = engine.encode([engine.prompt(inputs)])
+    assert {rows.dtype for rows in (request.rows.hidden, *request.rows.planes)} == {torch.bfloat16}
+    assert len(engine.generate(request, 3).token_ids) == 3
 
 
 def test_an_image_too_long_is_refused() -> None:

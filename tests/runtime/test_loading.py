@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sgl_runtime import SGLConfig, SGLPipeline, checkpoints, hf
 from sgl_runtime.errors import CheckpointError, ConfigError
+from sgl_runtime.processing import Processor
 
 from . import slow
 from .checkpoints import save_checkpoint
@@ -308,7 +309,7 @@ def test_device_and_dtype(pair: tuple[Path, Path], device: Any, dtype: Any) -> N
 
 
 @pytest.mark.parametrize(
-    ("version", "warned"), [("5.17.0", False), ("5.23.1", False), ("5.16.9", True), ("6.0.0.dev0", True)]
+    ("version", "warned"), [("5.17.0", False), ("5.23.1", False), ("5.16.9", True), ("5.24rc1", True)]
 )
 def test_an_untried_transformers_is_told_once(
     version: str, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -320,3 +321,28 @@ def test_an_untried_transformers_is_told_once(
     told = [record.getMessage() for record in caplog.records if "transformers" in record.getMessage()]
     assert len(told) == warned
     assert not warned or f"transformers {version} is not among the releases that were tested, 5.17" in told[0]
+
+
+@pytest.mark.parametrize("model_type", ["idefics3", "llava_onevision"])
+def test_a_tokenizers_code_is_never_offered_to_run(
+    tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask on the terminal, and run it at a "y"."""
+    directory = save_checkpoint(tmp_path / "model")
+    (directory / "tok.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tok: ...\n")
+    for name in ("tokenizer.json",):
+        (directory / name).unlink()
+    (directory / "vocab.json").write_text("{}")
+    _edit(
+        directory / "tokenizer_config.json",
+        tokenizer_class="Tok",
+        auto_map={"AutoTokenizer": ["tok.Tok", "tok.Tok"]},
+    )
+    _edit(directory / "config.json", model_type=model_type)
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    family = hf.view(slow.make_model()).family
+    with pytest.raises(CheckpointError, match="tokenizer could not be loaded"):
+        Processor.from_directory(directory, family)
+    assert not (tmp_path / "ran").exists()
+    assert not asked

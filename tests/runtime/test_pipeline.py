@@ -132,6 +132,14 @@ def test_counts_must_match(bare: SGLPipeline) -> None:
         bare.generate(first, second)
 
 
+@pytest.mark.parametrize("image", [torch.full((16,), -1), torch.full((16,), 10**12), torch.zeros(16) + 0.5])
+def test_images_must_be_numbered(bare: SGLPipeline, image: torch.Tensor) -> None:
+    one = {**slow.make_inputs(), "visual_image": image, "visual_cells": torch.zeros(16, 3, 2)}
+    pipe = bare.with_config(replace(CONFIG, keep_scope="image"))
+    with pytest.raises(PromptError, match="visual_image must number images"):
+        pipe.generate(one, one)
+
+
 def test_no_run_starts_when_the_large_prompt_is_bad(
     bare: SGLPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -202,8 +202,8 @@ def test_a_conversation() -> None:
         ([{"role": "user"}], "role .system, user, assistant."),
         ([{"role": "user", "content": 3}], "text or a list of parts"),
         ([{"role": "user", "content": [{"type": "audio"}]}], "type.*audio"),
-        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "asks something"),
-        ([{"role": "system", "content": "x"}], "asks something"),
+        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "role is assistant"),
+        ([{"role": "system", "content": "x"}], "role is system"),
         ([{"role": "user", "content": "<video> x"}], "<video>, but there came <image>"),
     ],
 )

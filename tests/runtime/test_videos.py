@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import struct
 import sys
 from collections.abc import Callable
@@ -288,3 +289,15 @@ def test_without_av(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Video([], **options)
+
+
+def test_what_is_no_video_at_all() -> None:
+    with pytest.raises(ImageError, match="neither a file nor a directory"):
+        open_video(Video(os.devnull))
+
+
+def test_frames_of_a_directory_are_counted(tmp_path: Path) -> None:
+    for number in (10, 2, 1):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"frame{number}.png")
+    frames, _ = open_video(Video(tmp_path, 3))
+    assert [frame.getpixel((0, 0))[0] for frame in frames] == [1, 2, 10]
