@@ -1,4 +1,4 @@
-"""Tails and p-values: published values, exact sums, and p-values that are small no more often than they may."""
+"""Tails and p-values: published values, exact sums, and p-values small no more often than they may be."""
 
 from __future__ import annotations
 
