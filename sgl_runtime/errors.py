@@ -21,6 +21,10 @@ class ImageError(SGLError):
     """An image is missing, damaged, too large, or not an image."""
 
 
+class DataError(SGLError):
+    """A data set is missing, has broken rows, or is of a layout that is not known."""
+
+
 class PromptError(SGLError):
     """Prompt, images and model do not go together."""
 
