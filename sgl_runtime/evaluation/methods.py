@@ -11,14 +11,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from sgl_runtime import mapping, matching
 from sgl_runtime.clock import Clock
 from sgl_runtime.config import SGLConfig
-from sgl_runtime.errors import ConfigError, MemoryLimitError, SGLError
+from sgl_runtime.errors import ConfigError, ImageError, MemoryLimitError, SGLError
+from sgl_runtime.evaluation.data import Example, open_source
 from sgl_runtime.evaluation.rankings import (
     RANKINGS,
     Batch,
@@ -30,9 +30,6 @@ from sgl_runtime.evaluation.rankings import (
 from sgl_runtime.pipeline import SGLPipeline
 from sgl_runtime.processing import open_visuals
 from sgl_runtime.requests import Answer, Prompt, Prune
-
-if TYPE_CHECKING:
-    from sgl_runtime.evaluation.data import Example
 
 Key = tuple[str, float | None, int | None]
 
@@ -270,7 +267,11 @@ def _prompts(pipe: SGLPipeline, example: Example, suffix: str) -> tuple[Prompt, 
     """Check one example, all of it, before any work, as the pipeline does."""
     assert pipe.small_processor is not None
     assert pipe.large_processor is not None
-    opened, question = open_visuals(example.images), example.question + suffix
+    try:
+        opened = open_visuals([open_source(image) for image in example.images])
+    except OSError as error:
+        raise ImageError(f"An image of example {example.id} cannot be read: {error}.") from error
+    question = example.question + suffix
     small = pipe.small.prompt(pipe.small_processor(opened, question))
     large = pipe.large.prompt(pipe.large_processor(opened, question))
     matching.check_match(small, large)

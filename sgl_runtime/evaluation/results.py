@@ -1,0 +1,421 @@
+"""Results as they are made: a file that only grows, says what it belongs to, and goes on after a crash.
+
+The first line holds the header: the pair, the data set, settings, seed and versions. Then comes a line per
+example and method, or one that says why an example has no answer. The lines of a batch are written together
+and are on the disk before the next batch begins, so that at most one batch is lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from sgl_runtime.engine import VLM
+from sgl_runtime.errors import ConfigError, SGLError
+from sgl_runtime.evaluation.data import DataSet, Example
+from sgl_runtime.evaluation.intervals import bootstrap
+from sgl_runtime.evaluation.methods import Answered, Key, Method, answer_batch
+from sgl_runtime.evaluation.metrics import METRICS, Metric
+from sgl_runtime.evaluation.rankings import code_of
+from sgl_runtime.files import whole_file
+from sgl_runtime.fingerprint import checkpoint_fingerprint
+from sgl_runtime.pipeline import SGLPipeline
+
+FORMAT = 1
+_SETTINGS = ("max_new_tokens", "consistency_keep_ratio", "exit_score", "keep_scope")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a results file holds.
+
+    Attributes
+    ----------
+    header : see `make_header`
+    rows : one per example and method; a later line takes the place of an earlier one
+    errors : why examples have no answer, by id
+    """
+
+    header: dict[str, Any]
+    rows: list[Row]
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+def make_header(
+    pipe: SGLPipeline, dataset: DataSet, checkpoints: tuple[str | Path, str | Path], seed: int
+) -> dict[str, Any]:
+    """Return what results belong to; those of two headers that differ are never mixed.
+
+    Parameters
+    ----------
+    checkpoints
+        What ``pipe`` was loaded from: the small and the large VLM.
+
+    Raises
+    ------
+    CheckpointError
+        A checkpoint cannot be read.
+    """
+    vlms = ((pipe.small, checkpoints[0]), (pipe.large, checkpoints[1]))
+    rows = json.dumps([asdict(example) for example in dataset.examples], sort_keys=True, default=str)
+    return {
+        "format": FORMAT,
+        "pair": {vlm.name: _describe(vlm, source) for vlm, source in vlms},
+        "data set": {
+            "name": dataset.name,
+            "metric": dataset.metric,
+            "suffix": METRICS[dataset.metric].suffix,
+            "count": len(dataset.examples),
+            "bad": len(dataset.bad),
+            "sha256": hashlib.sha256(rows.encode()).hexdigest(),
+        },
+        "settings": {name: getattr(pipe.config, name) for name in _SETTINGS}
+        | {"device": pipe.large.model.device.type},
+        "seed": seed,
+        "versions": {name: version(name) for name in ("sgl-vlm", "torch", "transformers")},
+    }
+
+
+def load(path: str | Path) -> Results:
+    """Read a results file, without a last line that a crash has cut.
+
+    Raises
+    ------
+    ConfigError
+        There is no such file, it is not a results file, or a line in its middle is damaged.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"There is no results file {path}. Make one with `sgl-vlm eval`.")
+    return _read(Path(path))[0]
+
+
+def run(
+    pipe: SGLPipeline,
+    dataset: DataSet,
+    methods: Sequence[Method],
+    out: str | Path,
+    *,
+    checkpoints: tuple[str | Path, str | Path],
+    seed: int = 0,
+    batch: int | None = None,
+) -> Results:
+    """Answer every example by every method and append the scores to ``out``; what is there is not done again.
+
+    Examples that cannot be answered (an image that does not open, a prompt that is too long, NaN) are entered
+    as errors; the next run tries them again. A run with other methods adds them to the file.
+
+    Parameters
+    ----------
+    pipe
+        From `SGLPipeline.from_pretrained`.
+    methods
+        From `methods.make_methods`.
+    out
+        The results file, new or of the same header.
+    checkpoints
+        What ``pipe`` was loaded from: the small and the large VLM.
+    seed
+        Of random numbers.
+    batch
+        Examples that go through the VLMs together; default ``max_batch`` of the pipeline's configuration.
+
+    Returns
+    -------
+    Results
+        All of the file, with what other runs entered.
+
+    Raises
+    ------
+    ConfigError
+        ``out`` belongs to another pair, data set, setting, seed, version or ranking, or holds no results.
+    MemoryLimitError
+        A batch does not fit.
+    OSError
+        ``out`` cannot be written. What it holds stays, and the next run goes on from there.
+    """
+    if pipe.large.model.processes > 1:
+        raise ConfigError("An evaluation writes one file from one process: load the pair in one process.")
+    header, path = make_header(pipe, dataset, checkpoints, seed), Path(out)
+    metric = METRICS[dataset.metric]
+    code = {m.name: code_of(m.ranking) for m in methods if m.ranking is not None}
+    with _Appender(path, header) as appender:
+        before = appender.results
+        _check_code(path, before.rows, code)
+        done = {(row["id"], _key(row)) for row in before.rows}
+        missing = {
+            example.id: tuple(m for m in methods if (example.id, m.key) not in done)
+            for example in dataset.examples
+        }
+        left = [example for example in dataset.examples if missing[example.id]]
+        total, known = len(dataset.examples), dict(before.errors)
+        with tqdm(total=total, initial=total - len(left), desc=dataset.name, unit="example") as bar:
+            for some in _batches(left, missing, batch or pipe.config.max_batch):
+                wanted = missing[some[0].id]
+                lines: list[Row] = []
+                outcomes = answer_batch(pipe, some, wanted, suffix=metric.suffix, seed=seed)
+                for example, outcome in zip(some, outcomes, strict=True):
+                    lines += _lines(metric, example, outcome, known, code)
+                appender.append(lines)
+                bar.update(len(some))
+                bar.set_postfix(errors=len(known), refresh=False)
+    return load(path)
+
+
+def table(results: Results, dataset: DataSet | None = None) -> list[Row]:
+    """Return a row per method: mean score with its interval, time, and the share of visual tokens.
+
+    Parameters
+    ----------
+    dataset
+        Where given, metrics that are more than a mean (MME) add their own numbers under "summary".
+
+    Returns
+    -------
+    list of dict
+        ``method``, ``keep_ratio``, ``prune_layer``, ``token_ratio`` (design: average over the layers; None
+        for "small" and "large"), ``count`` (examples), ``mean``, ``low``, ``high`` (95 % bootstrap interval;
+        images are drawn, not questions; None where a judge is needed), ``seconds`` (mean of those in
+        `methods.Answered`), ``summary``.
+    """
+    by_method: dict[Key, list[Row]] = {}
+    for row in results.rows:
+        by_method.setdefault(_key(row), []).append(row)
+    examples = {} if dataset is None else {example.id: example for example in dataset.examples}
+    metric, layers = METRICS[results.header["data set"]["metric"]], results.header["pair"]["large"]["layers"]
+    found = []
+    for (name, keep_ratio, prune_layer), rows in by_method.items():
+        scores = [row["score"] for row in rows]
+        interval, summary = None, {}
+        if metric.automatic:
+            interval = bootstrap(scores, [row["group"] for row in rows])
+        if metric.automatic and examples:
+            summary = metric.summary(scores, [examples[row["id"]] for row in rows])
+        found.append(
+            {
+                "method": name,
+                "keep_ratio": keep_ratio,
+                "prune_layer": prune_layer,
+                "token_ratio": _token_ratio(keep_ratio, prune_layer, layers),
+                "count": len(rows),
+                **{name: getattr(interval, name, None) for name in ("mean", "low", "high")},
+                "seconds": float(np.mean([row["seconds"] for row in rows])),
+                "summary": summary,
+            }
+        )
+    return found
+
+
+def markdown(rows: list[Row]) -> str:
+    """Return the rows of `table` as a Markdown table; scores in percent."""
+    summaries = list(dict.fromkeys(name for row in rows for name in row["summary"]))
+    titles = [
+        "method",
+        "keep ratio",
+        "prune layer",
+        "token ratio",
+        "examples",
+        "score",
+        "seconds",
+        *summaries,
+    ]
+    lines = [titles, ["---"] * len(titles)]
+    for row in rows:
+        mean, low, high = (row[name] for name in ("mean", "low", "high"))
+        ratio, layer = row["keep_ratio"], row["prune_layer"]
+        lines.append(
+            [
+                row["method"],
+                "" if ratio is None else f"{ratio:g}",
+                "" if layer is None else str(layer),
+                "" if ratio is None else f"{100 * row['token_ratio']:.0f} %",
+                str(row["count"]),
+                "" if mean is None else f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
+                f"{row['seconds']:.3f}",
+                *(f"{row['summary'][name]:.1f}" if name in row["summary"] else "" for name in summaries),
+            ]
+        )
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+class _Appender:
+    """A results file that is open for appending; `results` is what it held before."""
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        if not path.exists():
+            with whole_file(path) as partial, partial.open("wb") as stream:
+                stream.write(_line({"header": header}))
+                stream.flush()
+                os.fsync(stream.fileno())
+        self.results, whole = _read(path)
+        _check_header(path, self.results.header, header)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.ftruncate(self._file, whole)
+
+    def __enter__(self) -> _Appender:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Write rows and wait until they are on the disk."""
+        left = b"".join(map(_line, rows))
+        while left:
+            left = left[os.write(self._file, left) :]
+        os.fsync(self._file)
+
+
+def _read(path: Path) -> tuple[Results, int]:
+    """Return what a file holds, and its bytes up to the end of its last whole line."""
+    rows: dict[tuple[str, Key], Row] = {}
+    errors: dict[str, str] = {}
+    header: dict[str, Any] | None = None
+    with path.open("rb") as stream:
+        end = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        whole = 0
+        for number, line in enumerate(stream, 1):
+            found = _parsed(line)
+            if found is None and header is not None and whole + len(line) == end:
+                break  # a crash has cut it
+            if header is None:
+                header = found.get("header") if found else None
+                if not isinstance(header, dict) or header.get("format") != FORMAT:
+                    raise ConfigError(
+                        f"{path} is not a results file of this version. Give another name to write to."
+                    )
+            elif found is None or "id" not in found:
+                raise ConfigError(
+                    f"{path}, line {number} is damaged, and not by a crash: there are lines behind it. "
+                    "Restore the file, or cut the line."
+                )
+            elif "error" in found:
+                errors[found["id"]] = found["error"]
+            else:
+                errors.pop(found["id"], None)
+                rows[found["id"], _key(found)] = found
+            whole += len(line)
+    if header is None:
+        raise ConfigError(f"{path} is empty. Delete it, or give another name to write to.")
+    return Results(header, list(rows.values()), errors), whole
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """Return a whole line's object; None when it is not one."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _lines(
+    metric: Metric,
+    example: Example,
+    outcome: list[Answered] | SGLError,
+    known: dict[str, str],
+    code: dict[str, str | None],
+) -> Iterator[Row]:
+    """What to write of an example; ``known`` errors, which are kept up to date, are not repeated."""
+    about = {"id": example.id, "group": example.images[0]}
+    if isinstance(outcome, SGLError):
+        told = f"{type(outcome).__name__}: {outcome}"
+        if known.get(example.id) != told:
+            known[example.id] = told
+            yield {**about, "error": told}
+        return
+    known.pop(example.id, None)
+    for answered in outcome:
+        method = answered.method
+        row = {
+            **about,
+            "method": method.name,
+            "keep_ratio": method.keep_ratio,
+            "prune_layer": method.prune_layer,
+            "prediction": answered.prediction,
+            "score": _score(metric, answered.prediction, example),
+            "seconds": answered.seconds,
+            **answered.scores,
+        }
+        if code.get(method.name) is not None:
+            row["code"] = code[method.name]
+        yield row
+
+
+def _score(metric: Metric, prediction: str, example: Example) -> float | None:
+    return float(metric.score(prediction, example)) if metric.automatic else None
+
+
+def _batches(
+    examples: list[Example], missing: dict[str, tuple[Method, ...]], size: int
+) -> Iterator[list[Example]]:
+    """Split into batches of neighbours that lack the same methods."""
+    for _, same in groupby(examples, key=lambda example: missing[example.id]):
+        together = list(same)
+        for at in range(0, len(together), size):
+            yield together[at : at + size]
+
+
+def _check_header(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    before, now = dict(_flat(old)), dict(_flat(new))
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if names:
+        told = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names)
+        raise ConfigError(
+            f"{path} holds results of another run: {told}. Give another name to write to, or delete it."
+        )
+
+
+def _check_code(path: Path, rows: list[Row], code: dict[str, str | None]) -> None:
+    for name in {
+        row["method"] for row in rows if code.get(row["method"], row.get("code")) != row.get("code")
+    }:
+        raise ConfigError(
+            f"{path} holds results of a ranking {name!r} whose file has changed since. Give the ranking "
+            "another name, or the results."
+        )
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+def _describe(vlm: VLM, source: str | Path) -> dict[str, Any]:
+    kinds = {type(weight.data).__name__ for weight in vlm.decoder.layers[0].parameters()}
+    return {
+        "fingerprint": checkpoint_fingerprint(source),
+        "layers": vlm.num_layers,
+        "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        "weights": sorted(kinds),  # other than Tensor: quantised
+    }
+
+
+def _token_ratio(keep_ratio: float | None, prune_layer: int | None, layers: int) -> float | None:
+    if keep_ratio is None or prune_layer is None:
+        return None
+    return (prune_layer + (layers - prune_layer) * keep_ratio) / layers
+
+
+def _key(row: Row) -> Key:
+    return row["method"], row["keep_ratio"], row["prune_layer"]
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode() + b"\n"
