@@ -107,8 +107,7 @@ def _vqav2_entries(path: Path) -> Entries:
     if not beside.is_file():
         raise DataError(f"The answers to {path.name} are missing: {beside}. Put that file beside it.")
     answers = {entry["question_id"]: entry["answers"] for _, entry in listed(beside, "annotations")}
-    subset = name[2].replace("-dev", "")
-    return ((at, (subset, entry, answers)) for at, entry in listed(path, "questions"))
+    return ((at, (name[2], entry, answers)) for at, entry in listed(path, "questions"))
 
 
 def _vqav2_row(entry: tuple[str, Row, dict[int, list[Row]]]) -> Row:

@@ -136,13 +136,17 @@ def anls(prediction: str, example: Example) -> float:
     of exactly 0.5 counts, as in the evaluation script of the Robust Reading Competition; the paper's equation
     drops it.
     """
+    predicted, *answers = (" ".join(_text(text).lower().split()) for text in (prediction, *example.answers))
+    best = max(_similarity()(predicted, answer) for answer in answers)
+    return best if best >= 0.5 else 0.0
+
+
+def _similarity() -> Callable[[str, str], float]:
     try:
         from rapidfuzz.distance import Levenshtein
     except ImportError as error:
         raise ConfigError('ANLS needs rapidfuzz, which is not here: pip install "sgl-vlm[eval]".') from error
-    predicted, *answers = (" ".join(_text(text).lower().split()) for text in (prediction, *example.answers))
-    best = max(Levenshtein.normalized_similarity(predicted, answer) for answer in answers)
-    return best if best >= 0.5 else 0.0
+    return Levenshtein.normalized_similarity
 
 
 def _number(text: str) -> float | None:
@@ -333,6 +337,11 @@ def _needs_answer(example: Example) -> str | None:
     return None if example.answers else "it has no answer"
 
 
+def _needs_answer_and_rapidfuzz(example: Example) -> str | None:
+    _similarity()  # fails when the data are read, not hours later
+    return _needs_answer(example)
+
+
 def _needs_choices(example: Example) -> str | None:
     choices = example.extra.get("choices")
     if (
@@ -379,7 +388,7 @@ def _numbers(values: Any) -> list[float]:
 METRICS: dict[str, Metric] = {
     "exact": Metric(exact_match, _needs_answer, category_means),
     "vqa": Metric(vqa_accuracy, _needs_answer, category_means, _SHORT),
-    "anls": Metric(anls, _needs_answer, category_means, _SHORT),
+    "anls": Metric(anls, _needs_answer_and_rapidfuzz, category_means, _SHORT),
     "relaxed": Metric(relaxed_accuracy, _needs_answer, category_means, _SHORT),
     "gqa": Metric(gqa, _needs_answer, category_means, _SHORT),
     "multiple_choice": Metric(multiple_choice, _needs_choices, choice_summary, _LETTER),

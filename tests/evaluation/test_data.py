@@ -46,7 +46,7 @@ def test_the_schema(folder):
     first, second, third = found.examples
     assert first.images == (str(folder / "a.png"), str(folder / "b.png"))
     assert (first.id, first.question, first.answers) == ("one", "Which?", ("x", "y"))
-    assert first.extra == {"kind": "c"}
+    assert first.extra == {"category": "c"}
     assert (second.id, second.answers, second.question) == ("7", ("3.5",), "Wie groß?")
     assert second.images == (str(folder / "b.png"),)
     assert third.id == "line-4"

@@ -1,8 +1,10 @@
 """Metrics against published worked examples, and where answers are empty, foreign, or oddly written."""
 
+import sys
+
 import pytest
 
-from sgl_runtime.errors import DataError
+from sgl_runtime.errors import ConfigError, DataError
 from sgl_runtime.evaluation.data import Example
 from sgl_runtime.evaluation.metrics import (
     METRICS,
@@ -342,6 +344,12 @@ def test_complete_examples_lack_nothing():
     assert METRICS["box"].problem(example(box=[0, 0, 1, 1], width=9, height=9)) is None
     assert METRICS["box"].problem(example(box=[0, 0, 1, 1], box_scale="pixels")) is None
     assert METRICS["judge"].problem(example()) is None
+
+
+def test_a_missing_rapidfuzz_is_known_before_the_first_answer(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rapidfuzz.distance", None)
+    with pytest.raises(ConfigError, match=r"sgl-vlm\[eval\]"):
+        METRICS["anls"].problem(example("x"))
 
 
 def test_means_per_category():
