@@ -57,6 +57,7 @@ def test_hoeffding_bentkus_by_hand() -> None:
     tail = math.e * math.fsum(math.comb(100, k) * 0.2**k * 0.8 ** (100 - k) for k in range(11))
     assert tail < math.exp(-100 * divergence)
     assert hoeffding_bentkus(0.1, 100, 0.2) == pytest.approx(tail)
+    assert hoeffding_bentkus(0.0975, 100, 0.2) == pytest.approx(tail)  # 9.75 losses count as 10
     assert hoeffding_bentkus(0.5, 100, 0.2) == 1.0
     means = [hoeffding_bentkus(mean, 50, 0.3) for mean in np.linspace(0, 1, 101)]
     assert means == sorted(means)

@@ -174,6 +174,13 @@ def test_threshold_is_the_lowest_of_an_unbroken_sequence() -> None:
     assert (choice.exit_share, choice.loss, choice.holds, choice.note) == (0.5, 0.0, True, "")
 
 
+def test_sorted_rows_promise_no_more_than_mixed_ones() -> None:
+    """A data set whose easy half comes first, and loses nothing, while 10 % are lost in all."""
+    right, wrong = np.ones(1000), np.repeat([1.0, 0.8], 500)
+    choice = choose_threshold(right, wrong, right, alpha=0.05)
+    assert choice.threshold is None
+
+
 def test_labels_are_not_needed() -> None:
     """5 % of the 1,000 surest answers differ from the large VLM's, and all others: 5 % in all at 0.475."""
     decision, agreement = np.linspace(0, 1, 2000), np.zeros(2000)
