@@ -88,6 +88,7 @@ def test_vqa_normalisation_as_mmf_tests_it(answer, published):
         ("u.s.a.", "usa"),
         ("two-story", "2 story"),
         ("well - lit", "well lit"),
+        ("re-do - it", "redo it"),  # a mark that touches a space somewhere goes without a trace everywhere
         ("None\n", "0"),
         ("ten\tmen", "10 men"),
         ("couldntve", "couldntve"),  # both apostrophes are missing: it is not in the table
