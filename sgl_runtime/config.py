@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from sgl_runtime.errors import ConfigError
@@ -47,6 +48,8 @@ class SGLConfig:
         Most requests in one call of `SGLPipeline.batch`. Memory is set aside for as many.
     max_prompt_tokens, max_text_tokens
         Longest prompt, and how many of its tokens may not be visual. Memory is set aside for them.
+    calibration
+        Where the settings come from, see `from_file`; None as soon as one of them is changed.
 
     Raises
     ------
@@ -67,6 +70,29 @@ class SGLConfig:
     max_prompt_tokens: int = 4096
     max_text_tokens: int = 1024
     keep_scope: str = "request"
+    calibration: Any = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def from_file(cls, path: str | Path, **others: Any) -> SGLConfig:
+        """Return the settings that `sgl-vlm calibrate` wrote, and ``others``.
+
+        `SGLPipeline.from_pretrained` warns when the pair is not the one that was calibrated.
+
+        Raises
+        ------
+        ConfigError
+            The file is not a calibration, or one of ``others`` is what it fixes.
+        """
+        from sgl_runtime.evaluation.calibration import read_calibration
+
+        found = read_calibration(path)
+        both = sorted(found.settings().keys() & others.keys())
+        if both:
+            raise ConfigError(
+                f"{path} fixes {', '.join(both)}: its promise holds for those values only. Leave them out, "
+                "or write an SGLConfig of your own."
+            )
+        return cls(**found.settings(), **others, calibration=found)
 
     def __post_init__(self) -> None:
         _check_ratio("keep_ratio", self.keep_ratio)
@@ -83,6 +109,10 @@ class SGLConfig:
         _check_choice("schedule", self.schedule, ("throughput", "latency"))
         _check_choice("draft", self.draft, (True, False))
         _check_choice("compile", self.compile, ("auto", True, False))
+        if self.calibration is not None:
+            fixed = self.calibration.settings()
+            if {name: getattr(self, name) for name in fixed} != fixed:
+                object.__setattr__(self, "calibration", None)
 
     def layer_of(self, num_layers: int) -> int:
         """Return the prune layer K, ``0 <= K < num_layers``, for a model of ``num_layers`` decoder layers.

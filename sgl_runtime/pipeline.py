@@ -6,6 +6,7 @@ large VLM as one batch. A single request is a batch of one. A request that fails
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from sgl_runtime.quantize import check_scheme
 from sgl_runtime.requests import Prompt
 from sgl_runtime.runner import Outcome, Runner
 
+log = logging.getLogger(__name__)
 Question = str | Sequence[Message]
 Inputs = Mapping[str, Any]
 
@@ -174,6 +176,8 @@ class SGLPipeline:
             vlm = VLM(hf.load_model(directory, place, compute, **more), name)
             parts.append((vlm, Processor.from_directory(directory, vlm.model.family)))
         (small_vlm, small_processor), (large_vlm, large_processor) = parts
+        if config is not None and config.calibration is not None:
+            _check_calibration(config.calibration, small, large)
         return cls(
             small_vlm,
             large_vlm,
@@ -343,6 +347,16 @@ class SGLPipeline:
 
     def _clock(self) -> Clock:
         return Clock(self.large.model.device)
+
+
+def _check_calibration(calibration: Any, small: str | Path, large: str | Path) -> None:
+    """Warn when a calibration's promise is about another pair."""
+    from sgl_runtime.evaluation.calibration import mismatches
+    from sgl_runtime.fingerprint import checkpoint_fingerprint
+
+    pair = {"small": checkpoint_fingerprint(small), "large": checkpoint_fingerprint(large)}
+    for sentence in mismatches(calibration, pair):
+        log.warning(sentence)
 
 
 def _only_result(results: list[SGLResult | None], errors: dict[int, SGLError]) -> SGLResult:

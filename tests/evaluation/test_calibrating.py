@@ -1,0 +1,184 @@
+"""From results to a calibration: arrays in their places, delta shared, the file read back by SGLConfig."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sgl_runtime import SGLConfig, SGLPipeline, tiny
+from sgl_runtime.errors import ConfigError, SGLError
+from sgl_runtime.evaluation.calibrating import calibrate
+from sgl_runtime.evaluation.calibration import choose_calls, choose_threshold
+from sgl_runtime.evaluation.results import Results
+from sgl_runtime.fingerprint import checkpoint_fingerprint
+
+COUNT = 600
+
+
+def make_results(fingerprints: tuple[str, str] = ("a" * 64, "b" * 64)) -> Results:
+    """A small VLM that is right where it is sure, a large one that is right more often, and pruning."""
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for i in range(COUNT):
+        sure = rng.random()
+        scores = {
+            ("small", None, None): float(rng.random() < sure**0.2),
+            ("large", None, None): float(rng.random() < 0.95),
+            ("guided", 0.5, 4): float(rng.random() < 0.95),
+            ("guided", 0.2, 2): float(rng.random() < 0.6),
+        }
+        for (method, keep_ratio, layer), score in scores.items():
+            row = {"id": str(i), "group": f"image{i // 2}", "method": method, "keep_ratio": keep_ratio}
+            row |= {"prune_layer": layer, "prediction": f"{score:g}", "score": score}
+            row |= {"seconds": keep_ratio or 1.0}
+            rows.append(row | ({"decision_score": sure} if method == "small" else {}))
+    header = {
+        "pair": {
+            "small": {"fingerprint": fingerprints[0], "layers": 8},
+            "large": {"fingerprint": fingerprints[1], "layers": 10},
+        },
+        "data set": {"name": "made up", "metric": "exact"},
+        "settings": {"exit_score": "both", "consistency_keep_ratio": 0.05},
+        "versions": {"sgl-vlm": "0"},
+    }
+    return Results(header, rows)
+
+
+def arrays(results: Results, key: tuple[Any, ...], what: str = "score") -> np.ndarray:
+    rows = [r for r in results.rows if (r["method"], r["keep_ratio"], r["prune_layer"]) == key]
+    return np.array([row[what] for row in sorted(rows, key=lambda row: row["id"])])
+
+
+def run(results: Results, **changes: Any) -> Any:
+    given: dict[str, Any] = {
+        "alpha": 0.1,
+        "delta": 0.1,
+        "reference": "labels",
+        "calls": None,
+        "setting": None,
+    }
+    return calibrate(results, today="2026-01-01", **{**given, **changes})
+
+
+def test_a_given_setting_gets_all_of_delta() -> None:
+    results = make_results()
+    for setting in ((0.5, 4), (0.5, 0.4)):
+        made, note = run(results, setting=setting)
+        choice = choose_threshold(
+            arrays(results, ("small", None, None), "decision_score"),
+            arrays(results, ("small", None, None)),
+            arrays(results, ("guided", 0.5, 4)),
+            alpha=0.1,
+            delta=0.1,
+            groups=arrays(results, ("small", None, None), "group"),
+            reference_score=arrays(results, ("large", None, None)),
+        )
+        assert (made.exit_threshold, made.keep_ratio, made.prune_layer) == (choice.threshold, 0.5, 4)
+        assert made.exit_threshold is not None
+        assert 0 < made.measured["exit_share"] == choice.exit_share < 1
+        assert made.measured["loss"] == choice.loss
+        assert (note, made.examples, made.groups, made.promise) == ("", COUNT, COUNT // 2, "accuracy")
+
+
+def test_a_chosen_setting_shares_delta() -> None:
+    results = make_results()
+    made, _ = run(results)
+    assert (made.keep_ratio, made.prune_layer) == (0.5, 4)  # the faster one loses a third of the answers
+    groups = arrays(results, ("small", None, None), "group")
+    shared = choose_threshold(
+        arrays(results, ("small", None, None), "decision_score"),
+        arrays(results, ("small", None, None)),
+        arrays(results, ("guided", 0.5, 4)),
+        alpha=0.1,
+        delta=0.1 / 6,  # half of it, over two settings and none
+        groups=groups,
+        reference_score=arrays(results, ("large", None, None)),
+    )
+    assert made.exit_threshold == shared.threshold
+    whole, _ = run(results, setting=(0.5, 4))
+    assert whole.exit_threshold < shared.threshold
+
+
+def test_without_labels_the_large_answers_are_the_reference() -> None:
+    results = make_results()
+    unlabelled = replace(results, rows=[{**row, "score": None} for row in results.rows])
+    with pytest.raises(ConfigError, match="--reference large"):
+        run(unlabelled)
+    made, _ = run(unlabelled, reference="large", setting=(0.5, 4), alpha=0.3)
+    large = arrays(results, ("large", None, None))
+    choice = choose_threshold(
+        arrays(results, ("small", None, None), "decision_score"),
+        arrays(results, ("small", None, None)) == large,
+        arrays(results, ("guided", 0.5, 4)) == large,
+        alpha=0.3,
+        delta=0.1,
+        groups=arrays(results, ("small", None, None), "group"),
+        reference_score=np.ones(COUNT),
+    )
+    assert made.exit_threshold == choice.threshold is not None
+    assert made.promise == "agreement"
+
+
+def test_a_budget_of_calls() -> None:
+    results = make_results()
+    made, _ = run(results, calls=0.5, setting=(0.5, 4))
+    decision = arrays(results, ("small", None, None), "decision_score")
+    groups = arrays(results, ("small", None, None), "group")
+    assert made.exit_threshold == choose_calls(decision, calls=0.5, groups=groups).threshold
+    assert (made.promise, made.alpha) == ("calls", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reference": "nobody"}, "'labels' or 'large', got 'nobody'"),
+        ({"setting": (0.3, 1)}, "no results of 0.3@1, but of 0.5@4, 0.2@2"),
+        ({"alpha": 0.0}, "alpha"),
+    ],
+)
+def test_bad_input(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(make_results(), **changes)
+
+
+def test_a_setting_that_breaks_the_promise_is_not_written() -> None:
+    with pytest.raises(SGLError, match=r"0\.2@2 .*more than 0\.1"):
+        run(make_results(), setting=(0.2, 2))
+
+
+@pytest.mark.parametrize("method", ["small", "large", "guided"])
+def test_missing_methods_are_named(method: str) -> None:
+    results = make_results()
+    left = replace(results, rows=[row for row in results.rows if row["method"] != method])
+    with pytest.raises(ConfigError, match=f"lack {method}"):
+        run(left)
+
+
+def test_the_file_becomes_a_config_that_knows_its_pair(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prints = checkpoint_fingerprint(tiny.SMALL), checkpoint_fingerprint(tiny.LARGE)
+    made, _ = run(make_results(prints), setting=(0.5, 4))
+    file = tmp_path / "calibration.json"
+    made.write(file)
+    config = SGLConfig.from_file(file, max_new_tokens=8)
+    assert (config.keep_ratio, config.prune_layer) == (0.5, 4)
+    assert config.exit_threshold == made.exit_threshold
+    assert config == SGLConfig(
+        keep_ratio=0.5, prune_layer=4, exit_threshold=made.exit_threshold, max_new_tokens=8
+    )
+    with pytest.raises(ConfigError, match="fixes keep_ratio"):
+        SGLConfig.from_file(file, keep_ratio=0.1)
+    with caplog.at_level(logging.WARNING):
+        SGLPipeline.from_pretrained(tiny.SMALL, tiny.LARGE, config=config)
+    assert "calibrated" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        SGLPipeline.from_pretrained(tiny.SMALL, tiny.SMALL, config=config)
+    assert "The large VLM is not the one that was calibrated" in caplog.text
+    assert replace(config, max_batch=2).calibration is config.calibration
+    assert replace(config, keep_ratio=0.4).calibration is None
