@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,14 +26,17 @@ LAYERS = 6
 
 
 @pytest.fixture(scope="module")
-def pipe(tmp_path_factory: pytest.TempPathFactory) -> SGLPipeline:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("pair")
-    return SGLPipeline.from_pretrained(
+    return (
         save_checkpoint(root / "small", text="qwen2", seed=1),
         save_checkpoint(root / "large", text="qwen3", seed=2, layers=LAYERS, heads=6),
-        config=CONFIG,
-        device="cpu",
     )
+
+
+@pytest.fixture(scope="module")
+def pipe(pair: tuple[Path, Path]) -> SGLPipeline:
+    return SGLPipeline.from_pretrained(*pair, config=CONFIG, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,19 @@ def answered(
     return found  # type: ignore[return-value]
 
 
+def answers_of(pipe: SGLPipeline, monkeypatch: pytest.MonkeyPatch) -> list[dict[int, Answer]]:
+    """What the large VLM answers from now on, with what it kept: texts alone tell less."""
+    answers: list[dict[int, Answer]] = []
+    real = pipe.large.answer
+
+    def answer(*args: Any, **options: Any) -> dict[int, Answer]:
+        answers.append(real(*args, **options))
+        return answers[-1]
+
+    monkeypatch.setattr(pipe.large, "answer", answer)
+    return answers
+
+
 def texts(rows: list[Answered]) -> dict[tuple[str, float | None, int | None], str]:
     return {row.method.key: row.prediction for row in rows}
 
@@ -80,11 +98,9 @@ def test_every_method_answers_as_the_engine_does_alone(
     assert pipe.large_processor is not None
     methods = make_methods(RANKINGS.values(), SETTINGS, LAYERS)
     assert len(methods) == 2 + len(RANKINGS) * len(SETTINGS)
-    answers: list[dict[int, Answer]] = []
-    with monkeypatch.context() as patch:
-        real = pipe.large.answer
-        patch.setattr(pipe.large, "answer", lambda *a, **o: answers.append(real(*a, **o)) or answers[-1])
-        found = answered(pipe, examples[:3], methods)
+    answers = answers_of(pipe, monkeypatch)
+    found = answered(pipe, examples[:3], methods)
+    monkeypatch.undo()
     order = [m for layer in (None, 2, 0) for m in methods[1:] if m.prune_layer == layer]
     assert len(answers) == len(order)
     kept = set()
@@ -167,13 +183,34 @@ def test_each_thing_is_computed_once(
     assert not any("small" in call for call in calls)
 
 
-def test_shares_of_images(pipe: SGLPipeline, examples: list[Example]) -> None:
-    """keep_scope="image" with an image of one tile and one of several, against the pipeline."""
-    two = Example("two", examples[0].images + examples[1].images, "which?", ("x",), {})
-    config = replace(CONFIG, keep_scope="image", keep_ratio=0.25, prune_layer=1)
-    other = pipe.with_config(config)
-    [rows] = answered(other, [two], make_methods([RANKINGS["guided"]], [(0.25, 1)], LAYERS))
-    assert rows[-1].prediction == other(list(two.images), two.question).text
+@pytest.mark.parametrize("keep_scope", ["request", "image"])
+def test_prompts_of_other_lengths_keep_their_own_share(
+    pipe: SGLPipeline,
+    pair: tuple[Path, Path],
+    examples: list[Example],
+    monkeypatch: pytest.MonkeyPatch,
+    keep_scope: str,
+) -> None:
+    """One, two and six images in a batch, over all of a request or of each image, as the pipeline keeps."""
+    several = [
+        replace(examples[0], id=str(count), images=sum((e.images for e in examples * 2), ())[:count])
+        for count in (1, 2, 6)
+    ]
+    settings = [(0.07, 1), (0.3, 1), (0.9, 1)]
+    # A pipeline of its own: memory must be made for the setting that keeps most, which does not come first.
+    config = replace(CONFIG, keep_scope=keep_scope)
+    other = SGLPipeline.from_pretrained(*pair, config=config, device="cpu")
+    answers = answers_of(other, monkeypatch)
+    methods = make_methods([RANKINGS["guided"]], settings, LAYERS, small=False, large=False)
+    found = answered(other, several, methods)
+    monkeypatch.undo()
+    for (keep_ratio, layer), answer, place in zip(settings, answers, range(3), strict=True):
+        alone = pipe.with_config(replace(config, keep_ratio=keep_ratio, prune_layer=layer))
+        for i, example in enumerate(several):
+            result = alone(list(example.images), example.question)
+            assert answer[i].kept_index.tolist() == result.kept_index.tolist()
+            assert answer[i].token_ids == result.token_ids
+            assert found[i][place].prediction == result.text
 
 
 def test_the_suffix_is_asked(pipe: SGLPipeline, examples: list[Example]) -> None:
