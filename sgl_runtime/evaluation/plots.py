@@ -1,0 +1,279 @@
+"""Plots of an evaluation, readable at 700 pixels and by the colour-blind (colours of Okabe and Ito, 2008)."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sgl_runtime.errors import SGLError
+from sgl_runtime.evaluation.results import Row
+from sgl_runtime.files import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#F0E442",
+)
+_Value = TypeVar("_Value")
+
+_DARK, _GREY = "#222222", "#777777"
+_LINES = [
+    (colour, marker)
+    for marker, colour in zip("osD^vXP", (BLUE, RED, GREEN, PINK, ORANGE, SKY, _GREY), strict=True)
+]
+_STAGES = (SKY, BLUE, GREEN, YELLOW, ORANGE, RED, PINK, _GREY)
+_WIDTH, _DPI = 7.0, 200  # inches: 10 points are 14 pixels of a picture that is shown 700 wide
+_FONT, _SMALL = 10.5, 9.5
+
+
+def accuracy_figure(methods: Sequence[Row], title: str = "") -> Figure:
+    """Return accuracy against token ratio: a line per ranking, 95 % intervals, small alone, large unpruned.
+
+    Parameters
+    ----------
+    methods
+        Rows of `results.table`.
+
+    Raises
+    ------
+    SGLError
+        No ranking has a score.
+    """
+    scored = [row for row in methods if row["mean"] is not None]
+    pruned = [row for row in scored if row["token_ratio"] is not None]
+    if not pruned:
+        raise SGLError(
+            "There is no score of a pruned large VLM to plot: evaluate a ranking with an automatic metric."
+        )
+    figure, axes = _figure(4.4, title)
+    names = list(dict.fromkeys(row["method"] for row in pruned))
+    for number, name in enumerate(names):
+        rows = sorted((row for row in pruned if row["method"] == name), key=lambda row: row["token_ratio"])
+        colour, marker = _LINES[number % len(_LINES)]
+        axes.errorbar(
+            [100 * row["token_ratio"] for row in rows],
+            [100 * row["mean"] for row in rows],
+            yerr=_errors(rows),
+            color=colour,
+            marker=marker,
+            linestyle=("-", "--", ":")[number // len(_LINES) % 3],
+            markersize=5 + min(number, 4),  # the first lies on top: where they are equal, all are seen
+            zorder=3 - 0.01 * number,
+            linewidth=1.8,
+            elinewidth=1.2,
+            capsize=3,
+            label=f" {name}" if name.startswith("_") else name,  # else the legend leaves it out
+        )
+    _level(axes, scored, "large", "large unpruned", "-")
+    _level(axes, scored, "small", "small alone", (0, (5, 2)))
+    axes.set_xscale("log")
+    ratios = _apart(sorted({row["token_ratio"] for row in pruned}), lambda one, two: two > 1.15 * one)
+    axes.set_xticks([100 * ratio for ratio in ratios], [f"{100 * ratio:.3g} %" for ratio in ratios])
+    axes.minorticks_off()
+    axes.set_xlabel("token ratio: share of visual tokens, averaged over the large VLM's layers")
+    axes.set_ylabel("score, %")
+    _legend(figure, axes)
+    return figure
+
+
+def exit_figure(exits: Mapping[str, Any], title: str = "") -> Figure:
+    """Return accuracy against exit share: a line per score, random routing, marks at thresholds.
+
+    Parameters
+    ----------
+    exits
+        From `summary.summarize`.
+
+    Raises
+    ------
+    SGLError
+        There are no curves.
+    """
+    if not exits["curves"]:
+        raise SGLError("There is no curve of exits to plot: the answers of small have no scores.")
+    figure, axes = _figure(4.6, title)
+    styles = {"both": (BLUE, "-", 2.4), "confidence": (ORANGE, "--", 1.6), "consistency": (GREEN, "-.", 1.6)}
+    decisive = "both" if "both" in exits["curves"] else "confidence"
+    for name in sorted(exits["curves"], key=lambda name: name != decisive):
+        curve = exits["curves"][name]
+        colour, style, width = styles[name]
+        shares, accuracies = _percent(curve["share"]), _percent(curve["accuracy"])
+        label = f"{name} (decision score)" if name == decisive else name
+        axes.plot(shares, accuracies, color=colour, linestyle=style, linewidth=width, label=label)
+    ends = _percent([exits["large"], exits["small"]])
+    axes.plot([0, 100], ends, color=_GREY, linestyle=":", linewidth=1.8, label="random routing")
+    points = exits["points"]
+    axes.errorbar(
+        _percent([point["share"] for point in points]),
+        _percent([point["accuracy"]["mean"] for point in points]),
+        yerr=_errors([point["accuracy"] for point in points]),
+        color=styles[decisive][0],
+        linestyle="none",
+        marker="o",
+        markersize=4,
+        elinewidth=1,
+        capsize=3,
+        label="95 % interval",
+    )
+    _thresholds(axes, points)
+    for mark in exits["marks"]:
+        share = 100 * mark["share"]
+        axes.axvline(share, color=RED, linewidth=1.4)
+        axes.plot([share], [100 * mark["accuracy"]["mean"]], color=RED, marker="D", markersize=7)
+        axes.annotate(
+            f" exit_threshold {mark['threshold']:.3f}",
+            (share, 0.02),
+            xycoords=("data", "axes fraction"),
+            ha="left" if share < 60 else "right",
+            color=RED,
+            fontsize=_SMALL,
+        )
+    axes.set_xlabel("exits: share of examples that the small VLM answers, %")
+    axes.set_ylabel("score, %")
+    _legend(figure, axes)
+    return figure
+
+
+def stage_figure(stages: Mapping[str, Mapping[str, float]], title: str = "") -> Figure:
+    """Return time per stage as stacked bars.
+
+    Parameters
+    ----------
+    stages
+        Seconds by stage (``SGLResult.timings``, or medians of them), by what was timed.
+
+    Raises
+    ------
+    SGLError
+        There are no times, or one is negative or not finite.
+    """
+    names = list(dict.fromkeys(name for times in stages.values() for name in times))
+    if not names:
+        raise SGLError("There are no times of stages to plot.")
+    for label, times in stages.items():
+        for name, seconds in times.items():
+            if not (math.isfinite(seconds) and seconds >= 0):
+                raise SGLError(f"Stage {name} of {label} took {seconds} s: expected seconds, at least 0.")
+    figure, axes = _figure(1.7 + 0.45 * len(stages), title)
+    places, labels = range(len(stages)), list(stages)
+    left = [0.0] * len(stages)
+    for number, name in enumerate(names):
+        widths = [1000 * stages[label].get(name, 0.0) for label in labels]
+        colour, hatch = _STAGES[number % len(_STAGES)], "//" if number >= len(_STAGES) else None
+        axes.barh(
+            places,
+            widths,
+            0.7,
+            left,
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            label=name.replace("_", " "),
+        )
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for place, end in zip(places, left, strict=True):
+        axes.annotate(
+            f" {end:.1f}", (end, place), va="center", fontsize=_SMALL, color=_DARK, annotation_clip=False
+        )
+    axes.set_yticks(places, labels)
+    for tick in axes.get_yticklabels():
+        tick.set_parse_math(False)
+    axes.invert_yaxis()
+    axes.margins(x=0.08)
+    axes.set_xlim(left=0)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("milliseconds; stages that overlap count in full")
+    _legend(figure, axes)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as the bytes of a PNG, 1400 pixels wide."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=_DPI)
+    return stream.getvalue()
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    data = png(figure)
+    with whole_file(path) as partial:
+        partial.write_bytes(data)
+
+
+def _figure(height: float, title: str) -> tuple[Figure, Axes]:
+    # The object interface: pyplot would keep global state and look for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if title:
+        figure.suptitle(title, fontsize=12, parse_math=False)
+    axes.tick_params(labelsize=_SMALL)
+    axes.xaxis.label.set_fontsize(_FONT)
+    axes.yaxis.label.set_fontsize(_FONT)
+    axes.grid(color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    legend = figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=_SMALL, frameon=False
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _level(axes: Axes, rows: list[Row], method: str, label: str, style: Any) -> None:
+    for row in rows:
+        if row["method"] == method:
+            axes.axhline(100 * row["mean"], color=_DARK, linestyle=style, linewidth=1.4, label=label)
+            axes.axhspan(100 * row["low"], 100 * row["high"], color=_DARK, alpha=0.08, linewidth=0)
+
+
+def _thresholds(axes: Axes, points: Sequence[Row]) -> None:
+    """Mark on an upper axis which threshold gives which share."""
+    exited = [point for point in points if point["threshold"] is not None]
+    marked = _apart(exited, lambda one, two: two["share"] - one["share"] > 0.06)
+    upper = axes.secondary_xaxis("top")
+    upper.set_xticks(
+        _percent([point["share"] for point in marked]), [f"{point['threshold']:.2f}" for point in marked]
+    )
+    upper.tick_params(labelsize=_SMALL)
+    upper.spines["top"].set_visible(False)
+    upper.set_xlabel("exit_threshold on the decision score", fontsize=_FONT)
+
+
+def _apart(values: Sequence[_Value], enough: Callable[[_Value, _Value], bool]) -> list[_Value]:
+    """Return ascending values without those whose labels would touch the one before."""
+    kept: list[_Value] = []
+    for value in values:
+        if not kept or enough(kept[-1], value):
+            kept.append(value)
+    return kept
+
+
+def _errors(rows: Sequence[Row]) -> list[list[float]]:
+    """Return how far intervals reach below and above their means; never negative by rounding."""
+    below = [max(0.0, 100 * (row["mean"] - row["low"])) for row in rows]
+    return [below, [max(0.0, 100 * (row["high"] - row["mean"])) for row in rows]]
+
+
+def _percent(values: Sequence[float]) -> list[float]:
+    return [100 * value for value in values]
