@@ -285,7 +285,7 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
     if counts["errors"]:
         warnings.append(f"{counts['errors']} of {counts['count']} examples failed and are in no score.")
     if counts["skipped"]:
-        warnings.append(f"{counts['skipped']} broken rows of the data set were skipped.")
+        warnings.append(f"Rows of the data set that are broken and were skipped: {counts['skipped']}.")
     if all(row["mean"] is None for row in summary["methods"]):
         warnings.append("The metric needs a judge: answers are stored, nothing is scored.")
     return warnings

@@ -170,7 +170,7 @@ def test_what_failed_is_told(tmp_path: Path) -> None:
     page = page_of(write_report(Results(results.header, rows, torn), tmp_path, dataset=dataset))
     assert "Incomplete: 1 of 60 examples lack an answer" in page.text
     assert "30 of 60 examples failed" in page.text
-    assert "1 broken rows of the data set were skipped" in page.text
+    assert "Rows of the data set that are broken and were skipped: 1." in page.text
     assert page.tables["Errors"][1:] == [list(error) for error in list(torn.items())[:20]]
     assert "The first 20 of 30." in page.text
     about = dict(page.tables["What was evaluated"])  # type: ignore[arg-type]
