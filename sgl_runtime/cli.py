@@ -1,4 +1,4 @@
-"""The command line: ``sgl-vlm demo | run | bench | convert | env``.
+"""The command line: ``sgl-vlm demo | run | bench | eval | calibrate | convert | env``.
 
 Bad input: one line on stderr, exit code 2.
 """
@@ -16,6 +16,7 @@ import typer
 
 from sgl_runtime.cli_convert import convert
 from sgl_runtime.errors import SGLError
+from sgl_runtime.evaluation.cli import calibrate, evaluate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -214,6 +215,12 @@ def bench(
     typer.echo(json.dumps(document, default=str) if as_json else text)
 
 
+app.command(
+    "eval", epilog="Example: sgl-vlm eval --small SMALL --large LARGE --data questions.jsonl --out runs/mine"
+)(evaluate)
+app.command(epilog="Example: sgl-vlm calibrate runs/mine/results.jsonl --alpha 0.01 --out calibration.json")(
+    calibrate
+)
 app.command(epilog="Example: sgl-vlm convert InternVL2-2B InternVL2-2B-hf")(convert)
 
 
