@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image as PILImage
@@ -96,10 +96,10 @@ class LlavaPreprocessor(Preprocessor):
 class Llava(Family):
     """LLaVA-1.5 and what has its architecture: CLIP or SigLIP, every image one crop."""
 
-    model_types = ("llava",)
+    model_types: ClassVar[tuple[str, ...]] = ("llava",)
     architecture = "LlavaForConditionalGeneration"
-    text_models = ("llama", "mistral", "qwen2", "qwen3")
-    preprocessor = LlavaPreprocessor
+    text_models: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")
+    preprocessor: ClassVar[type[Preprocessor]] = LlavaPreprocessor
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -145,30 +145,22 @@ class LlavaNextPreprocessor(Preprocessor):
         return super().merge(fill_crops(parts))
 
 
-class LlavaNext(Family):
+class LlavaNext(Llava):
     """LLaVA-NeXT (1.6): the whole image, then crops of it; padding is cut off the crops' features."""
 
     model_types = ("llava_next",)
     architecture = "LlavaNextForConditionalGeneration"
-    text_models = ("llama", "mistral", "qwen2", "qwen3")
     preprocessor = LlavaNextPreprocessor
-
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        self.tower = tower_of(self.config)
 
     @classmethod
     def check_config(cls, config: Any) -> None:
-        check_tower(config)
+        super().check_config(config)
         check_anyres(config)
 
     def visuals(self, inputs: Mapping[str, Any]) -> list[Visual]:
         pixels = pixels_of(inputs, "pixel_values", 5, self.tower.size)
         layouts = [self.layout(size) for size in sizes_of(inputs, len(pixels))]
         return [cut_visual(crops, layout) for crops, layout in zip(pixels.split(1), layouts, strict=True)]
-
-    def encode(self, visual: Visual) -> Features:
-        return Features(image_features(self.model, visual.tensors))
 
     def example(self) -> dict[str, Tensor]:
         return anyres_example(self.visual_ids, self.layout(smallest_canvas(self.config)))

@@ -15,9 +15,9 @@ from sgl_runtime.errors import CheckpointError, PromptError
 from sgl_runtime.families.anyres import Layout, Tower, cells_between, shares
 from sgl_runtime.families.base import Family, Features, Prepared, Preprocessor, Visual, describe, need
 from sgl_runtime.families.llava import (
+    Llava,
     anyres_example,
     check_anyres,
-    check_tower,
     cut_visual,
     fill_crops,
     image_features,
@@ -27,7 +27,6 @@ from sgl_runtime.families.llava import (
     sizes_of,
     smallest_canvas,
     tower_for,
-    tower_of,
 )
 
 _CROP_SETTINGS = ("image_processor_type", "image_grid_pinpoints", "do_pad", "do_center_crop", "crop_size")
@@ -115,22 +114,17 @@ class LlavaOnevisionPreprocessor(Preprocessor):
         return torch.cat([cells, cells[-1:]])
 
 
-class LlavaOnevision(Family):
+class LlavaOnevision(Llava):
     """`LlavaOnevisionForConditionalGeneration`: newlines, crops that are shrunk when many, videos."""
 
     model_types = ("llava_onevision",)
     architecture = "LlavaOnevisionForConditionalGeneration"
-    text_models = ("llama", "mistral", "qwen2", "qwen3")
     video = True
     preprocessor = LlavaOnevisionPreprocessor
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        self.tower = tower_of(self.config)
-
     @classmethod
     def check_config(cls, config: Any) -> None:
-        check_tower(config)
+        super().check_config(config)
         check_anyres(config)
         most_crops(config)
 
