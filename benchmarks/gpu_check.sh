@@ -103,6 +103,7 @@ correctness() {
         pytest_on_gpu 150 "$backend" "${OPS[@]}"
     done
     pytest_on_gpu 90 "" tests/runtime/test_{attention,clock,golden,steps}.py
+    pytest_on_gpu 90 "" tests/families/test_on_gpu.py
 }
 
 graphs() {
