@@ -12,8 +12,9 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 demo: $(VENV)/.installed
 	$(BIN)/sgl-vlm demo
 
+# One file on one core: tests of a file share what is dear to make, and threads of several would only wait.
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # For every night: the runtime's tests with the oldest and the newest transformers. Gigabytes of torch the first time.
 test-matrix: $(VENV)/.dev
