@@ -150,7 +150,7 @@ class Runner:
         """What tells one warm-up from another."""
         c = self.config
         sizes = c.max_batch, c.max_prompt_tokens, c.max_text_tokens, c.max_new_tokens
-        return self.prune_layer, c.keep_ratio, self._drafts, c.exit_score, *sizes
+        return self.prune_layer, c.keep_ratio, c.keep_scope, self._drafts, c.exit_score, *sizes
 
     @contextmanager
     def own_modes(self) -> Iterator[None]:

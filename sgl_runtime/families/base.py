@@ -18,6 +18,9 @@ from torch import Tensor
 
 from sgl_runtime.errors import CheckpointError, PromptError
 
+# Tiles in one pass of the vision tower. A CPU is no faster with more, and needs memory for each.
+_TILES_TOGETHER = {"cpu": 1, "cuda": 16}
+
 
 @dataclass(frozen=True, eq=False)
 class Visual:
@@ -131,6 +134,25 @@ class Family(ABC):
         """Return inputs of a short made-up prompt with one small black image, to warm up with."""
 
 
+class TiledFamily(Family):
+    """A family whose vision tower takes tiles of one size, ``pixel_values`` (1, 3, H, W) in each visual."""
+
+    @abstractmethod
+    def encode_tiles(self, tiles: Tensor) -> list[Features]:
+        """Run the vision tower and the projector on tiles (n, 3, H, W) in one pass."""
+
+    def encode(self, visual: Visual) -> Features:
+        return self.encode_tiles(visual.tensors["pixel_values"])[0]
+
+    def features(self, visuals: Sequence[Visual], check: Callable[[], None]) -> list[Features]:
+        found: list[Features] = []
+        tiles = torch.cat([visual.tensors["pixel_values"] for visual in visuals])
+        for some in tiles.split(_TILES_TOGETHER[tiles.device.type]):
+            check()
+            found += self.encode_tiles(some)
+        return found
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """One image or video, made ready for a prompt.
@@ -208,6 +230,14 @@ def need(settings: Mapping[str, Any], *names: str) -> None:
     missing = [name for name in names if settings.get(name) is None]
     if missing:
         raise CheckpointError(f"The checkpoint's preprocessor_config.json lacks {', '.join(missing)}.")
+
+
+def film_cells(still: Tensor, steps: int) -> Tensor:
+    """Return the cells (steps * N, 3, 2) of a video: those of a still (N, 3, 2) in equal steps of time."""
+    edges = torch.linspace(0, 1, steps + 1)
+    cells = still.repeat(steps, 1, 1)
+    cells[:, 0] = torch.stack((edges[:-1], edges[1:]), 1).repeat_interleave(len(still), 0)
+    return cells
 
 
 def grid_cells(rows: int, columns: int, box: tuple[float, float, float, float] = (0, 1, 0, 1)) -> Tensor:

@@ -5,7 +5,7 @@ SmolVLM differs from Idefics3 in its names, and in that it takes videos: one til
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -20,15 +20,15 @@ from sgl_runtime.families.base import (
     Features,
     Prepared,
     Preprocessor,
+    TiledFamily,
     Visual,
     describe,
+    film_cells,
     grid_cells,
     need,
     tensor_of,
 )
 
-# Tiles in one pass of the vision tower. A CPU is no faster with more, and needs memory for each.
-_TILES_TOGETHER = {"cpu": 1, "cuda": 16}
 _PIXEL_SETTINGS = (
     "do_image_splitting",
     "do_normalize",
@@ -165,10 +165,7 @@ class SmolVLMPreprocessor(Idefics3Preprocessor):
         )
         for second in seconds:
             text += f"\nFrame from {int(second // 60):02d}:{int(second % 60):02d}:{self._text(0, 0)}"
-        cells = self._cells(0, 0, 1, 1).repeat(len(frames), 1, 1)
-        steps = torch.linspace(0, 1, len(frames) + 1)
-        cells[:, 0, 0] = steps[:-1].repeat_interleave(self.tokens_per_tile)
-        cells[:, 0, 1] = steps[1:].repeat_interleave(self.tokens_per_tile)
+        cells = film_cells(self._cells(0, 0, 1, 1), len(frames))
         tensors = {name: torch.cat([each[name] for each in found]) for name in found[0]}
         return Prepared(tensors=tensors, text=text + "\n\n", cells=cells)
 
@@ -183,7 +180,7 @@ class SmolVLMPreprocessor(Idefics3Preprocessor):
         return {name: found[name][0] for name in ("pixel_values", "pixel_attention_mask") if name in found}
 
 
-class Idefics3(Family):
+class Idefics3(TiledFamily):
     """``Idefics3ForConditionalGeneration``: Idefics3, and the first SmolVLM."""
 
     model_types = ("idefics3",)
@@ -231,23 +228,9 @@ class Idefics3(Family):
             _check_mask(mask, batched, tiles)
         return [Visual({"pixel_values": tile[None]}, self.tokens_per_tile) for tile in tiles]
 
-    def encode(self, visual: Visual) -> Features:
-        """Run the vision tower and the connector on one tile."""
-        return self._encode([visual])[0]
-
-    def features(self, visuals: Sequence[Visual], check: Callable[[], None]) -> list[Features]:
-        """Encode several tiles together where that is faster; see `Family.features`."""
-        together = _TILES_TOGETHER.get(self.model.device.type, 1)
-        found = []
-        for start in range(0, len(visuals), together):
-            check()
-            found += self._encode(visuals[start : start + together])
-        return found
-
-    def _encode(self, visuals: Sequence[Visual]) -> list[Features]:
+    def encode_tiles(self, tiles: Tensor) -> list[Features]:
         # Not get_image_features: that drops a tile whose values are all 0, which may be a plain grey image.
         model = self.model.model
-        tiles = torch.cat([visual.tensors["pixel_values"] for visual in visuals])
         hidden = model.vision_model(pixel_values=tiles.to(self.model.device, self.model.dtype))
         return [Features(tokens) for tokens in model.connector(hidden.last_hidden_state)]
 

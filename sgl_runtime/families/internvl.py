@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,14 @@ from sgl_runtime.families.base import (
     Features,
     Prepared,
     Preprocessor,
+    TiledFamily,
     Visual,
+    film_cells,
     grid_cells,
     need,
     tensor_of,
 )
 
-# Tiles in one pass of the vision tower. A CPU is no faster with more, and needs memory for each.
-_TILES_TOGETHER = {"cpu": 1, "cuda": 16}
 _SETTINGS = (
     "size",
     "do_resize",
@@ -83,14 +83,10 @@ class InternVLPreprocessor(Preprocessor):
         """One tile a frame, each announced by its number."""
         tiles = [self.processor(images=frame, crop_to_patches=False)["pixel_values"][0] for frame in frames]
         span = f"{self.start}{self.context * self._per_tile}{self.end}"
-        cells = []
-        for i in range(len(frames)):
-            cells.append(grid_cells(*self.side))
-            cells[-1][:, 0] = torch.tensor([i, i + 1]) / len(frames)
         return Prepared(
             {"pixel_values": torch.stack([torch.as_tensor(tile) for tile in tiles]).float()},
             "\n".join(f"Frame{i + 1}: {span}" for i in range(len(frames))),
-            torch.cat(cells),
+            film_cells(grid_cells(*self.side), len(frames)),
         )
 
     @property
@@ -107,7 +103,7 @@ class InternVLPreprocessor(Preprocessor):
         return get_optimal_tiled_canvas(size[::-1], self.tile, settings.min_patches, settings.max_patches)
 
 
-class InternVL(Family):
+class InternVL(TiledFamily):
     """`InternVLForConditionalGeneration` with a Qwen2, Qwen3, Qwen3-MoE, Llama or Phi-3 text model."""
 
     model_types = ("internvl",)
@@ -129,22 +125,14 @@ class InternVL(Family):
             raise PromptError(f"Tiles must be {(3, *self.tile)}, got {tuple(pixels.shape[1:])}.")
         return [Visual({"pixel_values": tile}, self.side[0] * self.side[1]) for tile in pixels.split(1)]
 
-    def encode(self, visual: Visual) -> Features:
-        return self.features([visual], lambda: None)[0]
-
-    def features(self, visuals: Sequence[Visual], check: Callable[[], None]) -> list[Features]:
-        found: list[Features] = []
-        tiles = torch.cat([visual.tensors["pixel_values"] for visual in visuals])
-        for some in tiles.split(_TILES_TOGETHER[tiles.device.type]):
-            check()
-            output = self.model.get_image_features(
-                pixel_values=some,
-                vision_feature_layer=self.config.vision_feature_layer,
-                vision_feature_select_strategy=self.config.vision_feature_select_strategy,
-                return_dict=True,
-            )
-            found += [Features(tokens) for tokens in output.pooler_output]
-        return found
+    def encode_tiles(self, tiles: Tensor) -> list[Features]:
+        output = self.model.get_image_features(
+            pixel_values=tiles,
+            vision_feature_layer=self.config.vision_feature_layer,
+            vision_feature_select_strategy=self.config.vision_feature_select_strategy,
+            return_dict=True,
+        )
+        return [Features(tokens) for tokens in output.pooler_output]
 
     def example(self) -> dict[str, Tensor]:
         image = int(self.config.image_token_id)

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from sgl_runtime.errors import CheckpointError, PromptError
 from sgl_runtime.families.anyres import Layout, Tower, cells_between, shares
-from sgl_runtime.families.base import Family, Features, Prepared, Preprocessor, Visual, describe, need
+from sgl_runtime.families.base import (
+    Family,
+    Features,
+    Prepared,
+    Preprocessor,
+    Visual,
+    describe,
+    film_cells,
+    need,
+)
 from sgl_runtime.families.llava import (
     Llava,
     anyres_example,
@@ -80,12 +89,9 @@ class LlavaOnevisionPreprocessor(Preprocessor):
         pixels = self.frame_processor(images=list(frames), return_tensors="pt")["pixel_values"]
         side = self.tower.side
         edges = self.tower.edges(0, side, pooled(self.tower)) / self.tower.size
-        cells = cells_between(edges, edges).repeat(len(frames), 1, 1, 1)
-        begin = torch.arange(len(frames))[:, None] / len(frames)
-        cells[:, :, 0, 0], cells[:, :, 0, 1] = begin, begin + 1 / len(frames)
-        flat = cells.flatten(0, 1)
-        flat = torch.cat([flat, flat[-1:]])
-        return Prepared({"pixel_values_videos": pixels[None]}, self.video_mark * len(flat), flat)
+        cells = film_cells(cells_between(edges, edges), len(frames))
+        cells = torch.cat([cells, cells[-1:]])
+        return Prepared({"pixel_values_videos": pixels[None]}, self.video_mark * len(cells), cells)
 
     def merge(self, parts: Sequence[Prepared]) -> dict[str, Tensor]:
         """Join the tensors of a request's images and videos.

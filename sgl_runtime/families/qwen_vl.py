@@ -23,6 +23,7 @@ from sgl_runtime.families.base import (
     Preprocessor,
     Visual,
     describe,
+    film_cells,
     grid_cells,
     need,
     tensor_of,
@@ -94,11 +95,7 @@ class QwenVLPreprocessor(Preprocessor):
         more = -len(frames) % self.together
         frames, seconds = [*frames, *[frames[-1]] * more], [*seconds, *[seconds[-1]] * more]
         pixels, grid = self._film(frames)
-        steps = grid[0]
-        cells = []
-        for step in range(steps):
-            cells.append(grid_cells(grid[1] // self.side, grid[2] // self.side))
-            cells[-1][:, 0] = torch.tensor([step, step + 1]) / steps
+        still = grid_cells(grid[1] // self.side, grid[2] // self.side)
         tensors = {
             "pixel_values_videos": pixels,
             "video_grid_thw": torch.tensor([grid]),
@@ -106,7 +103,7 @@ class QwenVLPreprocessor(Preprocessor):
         }
         starts, ends = seconds[:: self.together], seconds[self.together - 1 :: self.together]
         middles = [(a + b) / 2 for a, b in zip(starts, ends, strict=True)]
-        return Prepared(tensors, self._video_text(len(cells[0]), middles), torch.cat(cells))
+        return Prepared(tensors, self._video_text(len(still), middles), film_cells(still, grid[0]))
 
     def _video_text(self, tokens: int, seconds: Sequence[float]) -> str:
         """Return what a video of ``tokens`` visual tokens a step says in the prompt."""
@@ -129,9 +126,8 @@ class QwenVLPreprocessor(Preprocessor):
         grid = stills[0][1]
         # A still has its one picture in every step of a patch; a film has one frame in each.
         apart = torch.stack([patches.unflatten(1, (3, self.together, -1))[:, :, 0] for patches, _ in stills])
-        film = apart.unflatten(0, (-1, self.together)).permute(
-            0, 2, 3, 1, 4
-        )  # (steps, patches, 3, together, p²)
+        film = apart.unflatten(0, (-1, self.together))  # (steps, together, patches, 3, p²)
+        film = film.permute(0, 2, 3, 1, 4)  # (steps, patches, 3, together, p²)
         return film.reshape(-1, stills[0][0].shape[1]), [film.shape[0], *grid[1:]]
 
     def _patches(self, image: PILImage.Image, **changes: Any) -> tuple[Tensor, list[int]]:

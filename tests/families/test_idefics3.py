@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from sgl_runtime.errors import CheckpointError, PromptError
-from sgl_runtime.families import idefics3
+from sgl_runtime.families import base, idefics3
 from sgl_runtime.families.idefics3 import Idefics3, Idefics3Preprocessor, SmolVLM, SmolVLMPreprocessor
 from sgl_runtime.processing import Processor
 from sgl_runtime.videos import Video
@@ -196,7 +196,7 @@ def test_features_are_those_of_the_forward(
 ) -> None:
     case = FAMILIES[kind]
     inputs = case.make_inputs(seed=1, images=((2, 2), (1, 1), (1, 3)))
-    monkeypatch.setitem(idefics3._TILES_TOGETHER, "cpu", together)
+    monkeypatch.setitem(base._TILES_TOGETHER, "cpu", together)
     calls: list[None] = []
     visuals = family.visuals(inputs)
     with torch.no_grad():
