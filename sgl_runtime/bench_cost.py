@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sgl_runtime import config as settings_of
 from sgl_runtime.config import SGLConfig, num_kept
 
 
@@ -54,8 +55,7 @@ def speedup_bounds(
 def token_ratio(config: Any, settings: SGLConfig) -> float:
     """Average share of visual tokens over the layers of the large VLM."""
     layers = config.text_config.num_hidden_layers
-    full = settings.layer_of(layers)
-    return (full + (layers - full) * settings.keep_ratio) / layers
+    return settings_of.token_ratio(layers, settings.layer_of(layers), settings.keep_ratio)
 
 
 def decode_bytes(config: Any, slots: float, element_size: int, *, batch: int = 1) -> float:

@@ -245,11 +245,11 @@ def _config(
     max_new_tokens: int,
     keep_scope: str = "request",
 ) -> Any:
-    from sgl_runtime.config import SGLConfig
+    from sgl_runtime.config import SGLConfig, read_prune_layer
     from sgl_runtime.errors import ConfigError
 
     try:
-        layer = float(prune_layer) if "." in prune_layer else int(prune_layer)
+        layer = read_prune_layer(prune_layer)
     except ValueError:
         raise ConfigError(
             f"--prune-layer must be a layer such as 3 or a share such as 0.2, got {prune_layer!r}."

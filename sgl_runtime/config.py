@@ -137,6 +137,16 @@ def num_kept(num_visual: int, keep_ratio: float) -> int:
     return max(1, int(num_visual * keep_ratio))
 
 
+def token_ratio(num_layers: int, prune_layer: int, keep_ratio: float) -> float:
+    """Return the average share of visual tokens over the layers."""
+    return (prune_layer + (num_layers - prune_layer) * keep_ratio) / num_layers
+
+
+def read_prune_layer(text: str) -> int | float:
+    """Return the prune layer in ``text``: "3" is a layer, "0.2" a share. ValueError when it is neither."""
+    return float(text) if "." in text else int(text)
+
+
 def _is_number(value: Any) -> bool:
     if not isinstance(value, Real) or isinstance(value, bool):
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -118,12 +118,14 @@ def calibrate(
     typer.echo(f"Written: {out}. SGLConfig.from_file({str(out)!r}) reads it.")
 
 
-def _setting(text: str) -> tuple[float, Any]:
+def _setting(text: str) -> tuple[float, int | float]:
+    from sgl_runtime.config import read_prune_layer
+
     keep, at, layer = text.partition("@")
     try:
         if not at:
             raise ValueError
-        return float(keep), float(layer) if "." in layer else int(layer)
+        return float(keep), read_prune_layer(layer)
     except ValueError:
         raise ConfigError(
             f"A setting must be KEEP_RATIO@PRUNE_LAYER, as 0.2@0.2 or 0.05@0, got {text!r}."

@@ -190,8 +190,7 @@ class FastV:
     name = "fastv"
 
     def rank(self, context: Context) -> Tensor:
-        request = context.large_request
-        return context.large.layer_mass(request, _last_row(request))[max(context.prune_layer - 1, 0)]
+        return fastv_ranking(context.large, context.large_request, context.prune_layer)
 
 
 class Random:
@@ -319,6 +318,11 @@ def code_of(ranking: Ranking) -> str | None:
         return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
     except (OSError, TypeError):
         return None
+
+
+def fastv_ranking(large: VLM, request: Request, layer: int) -> Tensor:
+    """Return what `FastV` ranks by when pruning at ``layer``, (1, N) fp32."""
+    return large.layer_mass(request, _last_row(request))[max(layer - 1, 0)]
 
 
 def _last_row(request: Request) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from sgl_runtime.config import token_ratio
 from sgl_runtime.engine import VLM
 from sgl_runtime.errors import ConfigError, SGLError
 from sgl_runtime.evaluation.data import DataSet, Example
@@ -410,7 +411,7 @@ def _describe(vlm: VLM, source: str | Path) -> dict[str, Any]:
 def _token_ratio(keep_ratio: float | None, prune_layer: int | None, layers: int) -> float | None:
     if keep_ratio is None or prune_layer is None:
         return None
-    return (prune_layer + (layers - prune_layer) * keep_ratio) / layers
+    return token_ratio(layers, prune_layer, keep_ratio)
 
 
 def _key(row: Row) -> Key:

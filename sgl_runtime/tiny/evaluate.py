@@ -20,19 +20,18 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import typer
-from torch import Tensor
 from tqdm import tqdm
 
 import sgl_kernels
 from sgl_runtime.clock import Clock
 from sgl_runtime.config import SGLConfig, num_kept
-from sgl_runtime.engine import VLM
 from sgl_runtime.errors import SGLError
 from sgl_runtime.evaluation.intervals import bootstrap
+from sgl_runtime.evaluation.rankings import fastv_ranking
 from sgl_runtime.files import whole_file
 from sgl_runtime.guidance import guide
 from sgl_runtime.pipeline import SGLPipeline
-from sgl_runtime.requests import Prune, Request
+from sgl_runtime.requests import Prune
 
 from . import LARGE, SMALL
 from .scenes import KINDS, make_scene
@@ -44,12 +43,6 @@ RANKINGS = ("guided", "oracle", "FastV", "random")
 EXIT_SETTING = "36 %"  # what the large VLM runs at in the early-exit curve
 MAX_NEW_TOKENS = 8
 QUESTIONS_PER_SCENE = 4
-
-
-def fastv_ranking(large: VLM, request: Request, layer: int) -> Tensor:
-    """FastV (arXiv 2403.06764): attention the last prompt token pays in layer max(K - 1, 0). (1, N)."""
-    last = torch.tensor([[request.prompt.length - 1]], dtype=torch.int32)
-    return large.layer_mass(request, last)[max(layer - 1, 0)]
 
 
 def answer_question(pipe: SGLPipeline, image: Any, prompt: str, seed: int) -> dict[str, Any]:
