@@ -17,10 +17,33 @@ from sgl_runtime.evaluation.calibration import (
     choose_calls,
     choose_pruning,
     choose_threshold,
+    mismatches,
 )
+from sgl_runtime.evaluation.intervals import bootstrap, group_means, group_numbers
 from sgl_runtime.evaluation.results import Results
 
 GUIDED = "guided"
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A pruning setting with its exit threshold, and the seconds a request then takes on average.
+
+    ``seconds`` are the small VLM's and, of what does not exit, the large VLM's (`methods.Answered`).
+    """
+
+    setting: Setting
+    exits: ExitChoice
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """What was chosen, out of which candidates that keep the promise (fastest first), and a note or ""."""
+
+    calibration: Calibration
+    candidates: tuple[Candidate, ...]
+    note: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +52,17 @@ class _Measured:
 
     decision: np.ndarray
     small: np.ndarray
-    large: np.ndarray
+    small_seconds: float
+    unpruned: Setting
     settings: list[Setting]
     groups: np.ndarray
+
+    @property
+    def large(self) -> np.ndarray:
+        return self.unpruned.scores
+
+    def candidate(self, setting: Setting, exits: ExitChoice) -> Candidate:
+        return Candidate(setting, exits, self.small_seconds + (1 - exits.exit_share) * setting.seconds)
 
 
 def calibrate(
@@ -43,11 +74,11 @@ def calibrate(
     calls: float | None,
     setting: tuple[float, int | float] | None,
     today: str,
-) -> tuple[Calibration, str]:
-    """Choose the pruning and the exit threshold that keep a promise; return them and a note, or "".
+) -> Calibrated:
+    """Choose the pruning and the exit threshold that keep a promise at the least measured time.
 
-    Without a ``setting`` half of ``delta`` goes to the choice of pruning and the rest, shared out over the
-    settings, to the threshold, so that the promise holds for whatever is chosen.
+    Without a ``setting`` each one in the results, and no pruning, gets the threshold that keeps the promise
+    with an equal part of ``delta``. All of these promises hold together, so that the fastest may be taken.
 
     Parameters
     ----------
@@ -57,9 +88,10 @@ def calibrate(
         "labels": at most ``alpha`` of the score is lost against the unpruned large VLM. "large": at most
         ``alpha`` of the answers differ from its. Both with probability ``1 - delta``.
     calls
-        Instead: at most this share of the requests goes to the large VLM; ``alpha`` then bounds pruning only.
+        Instead: at most this share of the requests goes to the large VLM; ``alpha`` then bounds pruning only,
+        and each of the two promises gets half of ``delta``.
     setting
-        Keep ratio and prune layer to use; None chooses the fastest that passes.
+        Keep ratio and prune layer to use; None chooses.
     today
         ISO date to write down.
 
@@ -68,57 +100,122 @@ def calibrate(
     ConfigError
         ``reference`` or ``setting`` is none that there is, or results of a method are missing.
     SGLError
-        There are too few examples for such a promise.
+        There are too few examples for such a promise, or no threshold keeps it at ``setting``.
     """
     measured = _measured(results, reference)
-    pruning, note, left = _pruning(measured, setting, results, alpha, delta)
+    fixed = None if setting is None else _find(measured, setting, results)
     if calls is not None:
-        choice = choose_calls(measured.decision, calls=calls, delta=left, groups=measured.groups)
+        candidates, note = _by_calls(measured, fixed, alpha, delta, calls)
     else:
-        choice = choose_threshold(
+        candidates, note = _by_loss(measured, fixed, alpha, delta)
+    made = _written(results, measured, candidates[0], alpha, delta, reference, calls, today)
+    return Calibrated(made, candidates, note)
+
+
+def check(results: Results, calibration: Calibration) -> dict[str, Any]:
+    """Return how a promise fares on other examples than those it was made on.
+
+    Parameters
+    ----------
+    results
+        Of "small", "large" and, where the calibration prunes, of "guided" at its setting.
+
+    Returns
+    -------
+    dict
+        ``promise``, ``alpha``, ``delta``, and the settings of the calibration, ``routed_to``: the method that
+        answers what does not exit; over the
+        groups of ``results``: ``exit_share``, ``mean``, ``low``, ``high`` (95 % bootstrap) of what was
+        promised to be at most alpha, and ``kept``: whether the mean is. ``same_pair``, ``same_data``: whether
+        the results are of the calibrated pair, and of the very examples it was calibrated on.
+
+    Raises
+    ------
+    ConfigError
+        Results that are needed are missing.
+    """
+    measured = _measured(results, "large" if calibration.promise == "agreement" else "labels")
+    pruned = None
+    if calibration.keep_ratio < 1:
+        pruned = _find(measured, (calibration.keep_ratio, calibration.prune_layer), results)
+    answered = (pruned or measured.unpruned).scores
+    threshold = np.inf if calibration.exit_threshold is None else calibration.exit_threshold
+    exited = measured.decision >= threshold
+    promised = measured.large - np.where(exited, measured.small, answered)
+    if calibration.promise == "calls":
+        promised = 1.0 - exited
+    group = group_numbers(measured.groups, len(exited))
+    interval = bootstrap(group_means(promised, group), np.arange(group.max() + 1))
+    pair = {name: vlm["fingerprint"] for name, vlm in results.header["pair"].items()}
+    return {
+        "promise": calibration.promise,
+        "alpha": calibration.alpha,
+        "delta": calibration.delta,
+        "keep_ratio": calibration.keep_ratio,
+        "prune_layer": calibration.prune_layer,
+        "exit_threshold": calibration.exit_threshold,
+        "routed_to": ("large", None, None)
+        if pruned is None
+        else (GUIDED, pruned.keep_ratio, pruned.prune_layer),
+        "groups": int(group.max()) + 1,
+        "exit_share": float(group_means(exited, group).mean()),
+        **interval._asdict(),
+        "kept": interval.mean <= calibration.alpha,
+        "same_pair": not mismatches(calibration, pair),
+        "same_data": calibration.data_sha256 == results.header["data set"]["sha256"],
+    }
+
+
+def _by_loss(
+    measured: _Measured, fixed: Setting | None, alpha: float, delta: float
+) -> tuple[tuple[Candidate, ...], str]:
+    settings = [measured.unpruned, *measured.settings] if fixed is None else [fixed]
+    found = []
+    for setting in settings:
+        exits = choose_threshold(
             measured.decision,
             measured.small,
-            pruning.scores,
+            setting.scores,
             alpha=alpha,
-            delta=left,
+            delta=delta / len(settings),
             groups=measured.groups,
-            reference_score=measured.large,
+            reference_score=None if setting is measured.unpruned else measured.large,
         )
-    if not choice.holds:
-        raise SGLError(
-            f"Pruning at {pruning.keep_ratio:g}@{pruning.prune_layer} alone may lose more than {alpha:g}: no "
-            f"exit threshold keeps the promise. Keep more tokens, or tolerate more. {choice.note}"
-        )
-    return _written(results, measured, pruning, choice, alpha, delta, reference, calls, today), " ".join(
-        part for part in (note, choice.note) if part
-    )
+        if exits.holds:
+            found.append(measured.candidate(setting, exits))
+        elif fixed is not None:
+            raise SGLError(
+                f"Pruning at {fixed.keep_ratio:g}@{fixed.prune_layer} alone may lose more than {alpha:g}: no "
+                f"exit threshold keeps the promise. Keep more tokens, or tolerate more. {exits.note}"
+            )
+    found.sort(key=lambda candidate: candidate.seconds)
+    return tuple(found), found[0].exits.note
 
 
-def _pruning(
-    measured: _Measured,
-    setting: tuple[float, int | float] | None,
-    results: Results,
-    alpha: float,
-    delta: float,
-) -> tuple[Setting, str, float]:
-    """Return the pruning to use, a note, and the delta that is left for the threshold."""
-    unpruned = Setting(1.0, 0, measured.large, np.inf)
-    if setting is not None:
-        keep_ratio, layer = setting
-        layers = results.header["pair"]["large"]["layers"]
-        wanted = int(layers * layer) if isinstance(layer, float) else layer
-        for known in measured.settings:
-            if (known.keep_ratio, known.prune_layer) == (keep_ratio, wanted):
-                return known, "", delta
-        told = ", ".join(f"{one.keep_ratio:g}@{one.prune_layer}" for one in measured.settings)
-        raise ConfigError(
-            f"There are no results of {keep_ratio:g}@{layer}, but of {told}: run `sgl-vlm eval` with it."
+def _by_calls(
+    measured: _Measured, fixed: Setting | None, alpha: float, delta: float, calls: float
+) -> tuple[tuple[Candidate, ...], str]:
+    setting, note, left = fixed, "", delta
+    if setting is None:
+        pruning = choose_pruning(
+            measured.settings, measured.large, alpha=alpha, delta=delta / 2, groups=measured.groups
         )
-    choice = choose_pruning(
-        measured.settings, measured.large, alpha=alpha, delta=delta / 2, groups=measured.groups
+        setting, note, left = pruning.setting or measured.unpruned, pruning.note, delta / 2
+    exits = choose_calls(measured.decision, calls=calls, delta=left, groups=measured.groups)
+    return (measured.candidate(setting, exits),), note
+
+
+def _find(measured: _Measured, setting: tuple[float, int | float], results: Results) -> Setting:
+    keep_ratio, layer = setting
+    layers = results.header["pair"]["large"]["layers"]
+    wanted = int(layers * layer) if isinstance(layer, float) else layer
+    for known in measured.settings:
+        if (known.keep_ratio, known.prune_layer) == (keep_ratio, wanted):
+            return known
+    told = ", ".join(f"{one.keep_ratio:g}@{one.prune_layer}" for one in measured.settings)
+    raise ConfigError(
+        f"There are no results of {keep_ratio:g}@{layer}, but of {told}: run `sgl-vlm eval` with it."
     )
-    left = delta / (2 * (len(measured.settings) + 1))
-    return (unpruned if choice.setting is None else choice.setting), choice.note, left
 
 
 def _measured(results: Results, reference: str) -> _Measured:
@@ -151,34 +248,35 @@ def _measured(results: Results, reference: str) -> _Measured:
             )
         return np.array([float(rows[i]["score"]) for i in ids])
 
-    small = by_method["small", None, None]
+    def seconds(key: tuple[str, Any, Any]) -> float:
+        return float(np.mean([by_method[key][i]["seconds"] for i in ids]))
+
+    small, large = ("small", None, None), ("large", None, None)
     return _Measured(
-        decision=np.array([float(small[i]["decision_score"]) for i in ids]),
-        small=scores(("small", None, None)),
-        large=scores(("large", None, None)),
-        settings=[
-            Setting(key[1], key[2], scores(key), float(np.mean([by_method[key][i]["seconds"] for i in ids])))
-            for key in guided
-        ],
-        groups=np.array([small[i]["group"] for i in ids]),
+        decision=np.array([float(by_method[small][i]["decision_score"]) for i in ids]),
+        small=scores(small),
+        small_seconds=seconds(small),
+        unpruned=Setting(1.0, 0, scores(large), seconds(large)),
+        settings=[Setting(key[1], key[2], scores(key), seconds(key)) for key in guided],
+        groups=np.array([by_method[small][i]["group"] for i in ids]),
     )
 
 
 def _written(
     results: Results,
     measured: _Measured,
-    pruning: Setting,
-    choice: ExitChoice,
+    chosen: Candidate,
     alpha: float,
     delta: float,
     reference: str,
     calls: float | None,
     today: str,
 ) -> Calibration:
-    header = results.header
+    header, pruning, choice = results.header, chosen.setting, chosen.exits
     found = {"exit_share": choice.exit_share}
     if choice.loss is not None:
         found["loss"] = choice.loss
+    found |= {"seconds": chosen.seconds, "seconds_large_unpruned": measured.unpruned.seconds}
     promise = "calls" if calls is not None else "accuracy" if reference == "labels" else "agreement"
     return Calibration(
         exit_threshold=choice.threshold,
@@ -192,6 +290,7 @@ def _written(
         procedure=LOSS_PROCEDURE if calls is None else CALLS_PROCEDURE,
         pair={name: header["pair"][name]["fingerprint"] for name in ("small", "large")},
         data_set=header["data set"]["name"],
+        data_sha256=header["data set"]["sha256"],
         examples=len(measured.decision),
         groups=len(np.unique(measured.groups)),
         measured=found,

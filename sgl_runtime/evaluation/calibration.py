@@ -67,8 +67,8 @@ class Calibration:
         `LOSS_PROCEDURE` or `CALLS_PROCEDURE`.
     pair
         Fingerprints of the checkpoints: {"small": ..., "large": ...}.
-    data_set, examples, groups
-        Name, number of examples and of independent groups (images).
+    data_set, data_sha256, examples, groups
+        Name, hash, number of examples and of independent groups (images).
     measured
         What came of it on these examples, by name: "exit_share", "loss", ...
     date
@@ -93,6 +93,7 @@ class Calibration:
     procedure: str
     pair: Mapping[str, str]
     data_set: str
+    data_sha256: str
     examples: int
     groups: int
     measured: Mapping[str, float]
@@ -105,7 +106,7 @@ class Calibration:
         check_open_share("delta", self.delta)
         if self.promise not in PROMISES:
             raise ConfigError(f"promise must be one of {', '.join(PROMISES)}, got {self.promise!r}.")
-        for name in ("procedure", "data_set", "date"):
+        for name in ("procedure", "data_set", "data_sha256", "date"):
             _check_type(name, getattr(self, name), str)
         for name in ("examples", "groups"):
             _check_type(name, getattr(self, name), int)
@@ -347,20 +348,6 @@ def choose_calls(
         )
     threshold = float(candidates[passed - 1])
     return ExitChoice(threshold, float(group_means(decision >= threshold, group).mean()), None, True, "")
-
-
-def pareto(settings: Sequence[Setting]) -> list[Setting]:
-    """Return the settings that no other beats in accuracy or seconds without losing in the other.
-
-    From the fastest to the most accurate; equals are all kept.
-    """
-
-    def beats(one: Setting, other: Setting) -> bool:
-        no_worse = one.accuracy >= other.accuracy and one.seconds <= other.seconds
-        return no_worse and (one.accuracy > other.accuracy or one.seconds < other.seconds)
-
-    front = [setting for setting in settings if not any(beats(other, setting) for other in settings)]
-    return sorted(front, key=lambda setting: (setting.seconds, -setting.accuracy))
 
 
 def choose_pruning(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from datetime import date
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sgl_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sgl_runtime.evaluation.calibrating import Candidate
 
 
 def evaluate(
@@ -99,7 +102,7 @@ def calibrate(
     from sgl_runtime.evaluation import results as stored
 
     chosen = None if setting is None else _setting(setting)
-    made, note = calibrating.calibrate(
+    found = calibrating.calibrate(
         stored.load(results),
         alpha=alpha,
         delta=delta,
@@ -108,14 +111,25 @@ def calibrate(
         setting=chosen,
         today=date.today().isoformat(),
     )
-    made.write(out)
-    threshold = "never" if made.exit_threshold is None else f"{made.exit_threshold:g}"
-    typer.echo(f"keep_ratio {made.keep_ratio:g}, prune_layer {made.prune_layer}, exit_threshold {threshold}")
-    for name, value in made.measured.items():
-        typer.echo(f"  {name:<12} {value:.4f}")
-    if note:
-        typer.echo(f"  {note}")
-    typer.echo(f"Written: {out}. SGLConfig.from_file({str(out)!r}) reads it.")
+    found.calibration.write(out)
+    typer.echo("Keeps the promise, fastest first (seconds a request, share that exits, loss here):")
+    for candidate in found.candidates:
+        typer.echo(f"  {_told(candidate)}")
+    if found.note:
+        typer.echo(f"  {found.note}")
+    unpruned = found.calibration.measured["seconds_large_unpruned"]
+    typer.echo(f"The large VLM alone, unpruned: {unpruned:.4f} s a request.")
+    typer.echo(f"Written, the first: {out}. SGLConfig.from_file({str(out)!r}) reads it.")
+
+
+def _told(candidate: Candidate) -> str:
+    setting, exits = candidate.setting, candidate.exits
+    threshold = "none" if exits.threshold is None else f"{exits.threshold:g}"
+    loss = "" if exits.loss is None else f", loss {exits.loss:+.4f}"
+    return (
+        f"keep_ratio {setting.keep_ratio:g}, prune_layer {setting.prune_layer}, exit_threshold {threshold}: "
+        f"{candidate.seconds:.4f} s, {100 * exits.exit_share:.0f} %{loss}"
+    )
 
 
 def _setting(text: str) -> tuple[float, int | float]:

@@ -9,6 +9,7 @@ ratio. Answers are without drafts, which never change one.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -63,18 +64,23 @@ class Answered:
     Attributes
     ----------
     prediction : the answer as text
-    seconds
-        Time that the answering VLM took for the batch, vision tower, prefill and decoding, over the number of
-        examples in it. Neither preparing images nor what the ranking took is in it: guidance costs what
-        "small" took, the oracle what "large" did, which was timed while its mass was measured. It compares
-        settings; what the pipeline takes as a whole is measured by `sgl-vlm bench`.
+    stages
+        Seconds by stage that the answering VLM took for the batch, over the number of examples in it. Neither
+        preparing images nor what the ranking took is in it: guidance costs what "small" took, the oracle what
+        "large" did, which was timed while its mass was measured. It compares settings; drafts and overlap,
+        which the pipeline has besides, are measured by `sgl-vlm bench`.
     scores : of "small": confidence, consistency, decision_score
     """
 
     method: Method
     prediction: str
-    seconds: float
+    stages: dict[str, float]
     scores: dict[str, float | None] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(self.stages.values())
 
 
 def make_methods(
@@ -213,7 +219,7 @@ class _Comparison:
     def _small(self, method: Method) -> None:
         assert self.pipe.small_processor is not None
         guidance = self.batch.guidance
-        seconds = _total(self.batch.small_clock) / self.count
+        stages = self._stages([self.batch.small_clock])
         for i in self.staying:
             guided = guidance[i]
             if isinstance(guided, SGLError):
@@ -221,7 +227,7 @@ class _Comparison:
                 continue
             scores = {name: getattr(guided, name) for name in ("confidence", "consistency", "decision_score")}
             text = self.pipe.small_processor.decode(guided.answer.token_ids)
-            self.answers[i][method.key] = Answered(method, text, seconds, scores)
+            self.answers[i][method.key] = Answered(method, text, stages, scores)
 
     def _large(self, method: Method) -> None:
         answers = dict(enumerate(self.batch.unpruned))
@@ -253,14 +259,20 @@ class _Comparison:
 
     def _enter(self, method: Method, answers: dict[int, Answer], clocks: list[Clock]) -> None:
         assert self.pipe.large_processor is not None
-        seconds = sum(map(_total, clocks)) / self.count
+        stages = self._stages(clocks)
         for i in self.staying:
             answer = answers[i]
             if answer.error is not None:
                 self.errors[i] = answer.error
                 continue
             text = self.pipe.large_processor.decode(answer.token_ids)
-            self.answers[i][method.key] = Answered(method, text, seconds)
+            self.answers[i][method.key] = Answered(method, text, stages)
+
+    def _stages(self, clocks: list[Clock]) -> dict[str, float]:
+        total: Counter[str] = Counter()
+        for clock in clocks:
+            total.update(clock.seconds)
+        return {name: seconds / self.count for name, seconds in total.items()}
 
 
 def _prompts(pipe: SGLPipeline, example: Example, suffix: str) -> tuple[Prompt, Prompt]:
@@ -290,7 +302,3 @@ def _scoped(ranking: Tensor, prompt: Prompt, config: SGLConfig) -> Tensor:
 def _seed(seed: int, example: str) -> int:
     digest = hashlib.sha256(f"{seed} {example}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
-
-
-def _total(clock: Clock) -> float:
-    return sum(clock.seconds.values())

@@ -145,6 +145,48 @@ def exit_figure(exits: Mapping[str, Any], title: str = "") -> Figure:
     return figure
 
 
+def front_figure(front: Mapping[str, Any], title: str = "") -> Figure:
+    """Return accuracy against measured time: a line per pruning setting over its exit thresholds, the front.
+
+    Parameters
+    ----------
+    front
+        From `summary.summarize`.
+
+    Raises
+    ------
+    SGLError
+        There are no curves.
+    """
+    if not front["curves"]:
+        raise SGLError("There is nothing to plot against time: no example was answered by every method.")
+    figure, axes = _figure(4.6, title)
+    for number, (label, curve) in enumerate(front["curves"].items()):
+        colour, marker = _LINES[number % len(_LINES)]
+        seconds, accuracies = _thousands(curve["seconds"]), _percent(curve["accuracy"])
+        axes.plot(seconds, accuracies, color=colour, linewidth=1.5, label=f"{label}, with exits")
+        axes.plot(seconds[:1], accuracies[:1], color=colour, marker=marker, markersize=6)
+    best = front["best"]
+    axes.plot(
+        _thousands([point["seconds"] for point in best]),
+        _percent([point["accuracy"] for point in best]),
+        color=_DARK,
+        alpha=0.18,
+        linewidth=7,
+        solid_capstyle="round",
+        zorder=1,
+        label="no other is better at its time",
+    )
+    for (label, point), marker in zip(front["points"].items(), "*P", strict=True):
+        where = (1000 * point["seconds"], 100 * point["accuracy"])
+        axes.plot(*where, color=_DARK, marker=marker, markersize=10, linestyle="none", label=label)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("measured milliseconds a request; markers: nothing exits")
+    axes.set_ylabel("score, %")
+    _legend(figure, axes, columns=3)
+    return figure
+
+
 def stage_figure(stages: Mapping[str, Mapping[str, float]], title: str = "") -> Figure:
     """Return time per stage as stacked bars.
 
@@ -231,10 +273,15 @@ def _figure(height: float, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def _legend(figure: Figure, axes: Axes, columns: int = 4) -> None:
     handles, labels = axes.get_legend_handles_labels()
     legend = figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=_SMALL, frameon=False
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(columns, len(labels)),
+        fontsize=_SMALL,
+        frameon=False,
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -273,6 +320,10 @@ def _errors(rows: Sequence[Row]) -> list[list[float]]:
     """Return how far intervals reach below and above their means; never negative by rounding."""
     below = [max(0.0, 100 * (row["mean"] - row["low"])) for row in rows]
     return [below, [max(0.0, 100 * (row["high"] - row["mean"])) for row in rows]]
+
+
+def _thousands(values: Sequence[float]) -> list[float]:
+    return [1000 * value for value in values]
 
 
 def _percent(values: Sequence[float]) -> list[float]:

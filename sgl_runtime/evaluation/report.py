@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from typing import Any
 
 from sgl_runtime.errors import ConfigError
 from sgl_runtime.evaluation import plots
+from sgl_runtime.evaluation.calibrating import check
+from sgl_runtime.evaluation.calibration import Calibration
 from sgl_runtime.evaluation.data import DataSet
-from sgl_runtime.evaluation.methods import Key
 from sgl_runtime.evaluation.page import render
 from sgl_runtime.evaluation.results import Results, Row
 from sgl_runtime.evaluation.summary import method_label, summarize
@@ -59,9 +59,7 @@ def write_report(
     *,
     dataset: DataSet | None = None,
     examples: Sequence[Path] = (),
-    stages: Mapping[str, Mapping[str, float]] | None = None,
-    routed_to: Key | None = None,
-    thresholds: Sequence[float] = (),
+    calibration: Calibration | None = None,
 ) -> Path:
     """Write report.json, report.md, report.html and the plots' PNG files; each whole or not at all.
 
@@ -75,10 +73,8 @@ def write_report(
         What was evaluated; without it questions, answers and the metric's own numbers are left out.
     examples
         PNG files of `pictures.save_guidance` to embed.
-    stages
-        Seconds by stage, by what was timed, as `plots.stage_figure` takes them.
-    routed_to, thresholds
-        As in `summary.summarize`.
+    calibration
+        A promise to check on these results; its setting and threshold are what is marked and listed.
 
     Returns
     -------
@@ -88,15 +84,12 @@ def write_report(
     Raises
     ------
     ConfigError
-        There is nothing to report (see `summary.summarize`), or an example is no PNG file.
+        There is nothing to report (see `summary.summarize`), an example is no PNG file, or the results lack
+        the calibrated setting.
     """
     folder = Path(folder)
-    summary = summarize(results, dataset, routed_to=routed_to, thresholds=thresholds)
-    summary["report"] = {
-        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": f"{_processor()}, {platform.platform()}",
-    }
-    summary["stages"] = {name: dict(times) for name, times in (stages or {}).items()}
+    summary = _summary(results, dataset, calibration)
+    summary["report"] = {"made": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     sections = _sections(summary, _embedded(examples))
     about = summary["header"]["data set"]
     title, warnings = f"Evaluation on {about['name']}", _warnings(summary)
@@ -129,14 +122,27 @@ def markdown(title: str, warnings: Sequence[str], sections: Sequence[Section]) -
     return "\n".join(lines) + "\n"
 
 
+def _summary(results: Results, dataset: DataSet | None, calibration: Calibration | None) -> dict[str, Any]:
+    if calibration is None:
+        return {**summarize(results, dataset), "promise": None}
+    promise = check(results, calibration)
+    threshold = calibration.exit_threshold
+    routed_to = promise["routed_to"]
+    marks = () if threshold is None else (threshold,)
+    return {**summarize(results, dataset, routed_to=routed_to, thresholds=marks), "promise": promise}
+
+
 def _sections(summary: dict[str, Any], examples: Sequence[Picture]) -> list[Section]:
     sections = [_about(summary), _methods(summary), *_categories(summary)]
+    if summary["promise"] is not None:
+        sections.append(_promise(summary["promise"]))
     if summary["exits"] is not None:
         sections += [_exits(summary["exits"]), _disagreements(summary)]
-    if summary["stages"]:
-        figure = plots.stage_figure(summary["stages"])
-        picture = Picture("stages.png", plots.png(figure), "Time per stage", True)
-        sections.append(Section("Time per stage", pictures=[picture]))
+    if summary["front"] is not None and summary["front"]["curves"]:
+        sections.append(_front(summary["front"]))
+    figure, caption = plots.stage_figure(summary["stages"]), "Mean time per stage of an example"
+    pictures = [Picture("stages.png", plots.png(figure), caption, True)]
+    sections.append(Section("Time per stage", pictures=pictures))
     if examples:
         sections.append(Section("Where the small VLM looked, and what the large VLM sees", pictures=examples))
     return [*sections, *_failures(summary)]
@@ -158,7 +164,8 @@ def _about(summary: dict[str, Any]) -> Section:
         ["settings", ", ".join(f"{name} = {value}" for name, value in header["settings"].items())],
         ["seed", str(header["seed"])],
         ["versions", ", ".join(f"{name} {value}" for name, value in header["versions"].items())],
-        ["report made", f"{report['made']} on {report['machine']}"],
+        *(["run", f"{run['started']} on {run['machine']}"] for run in summary["runs"]),
+        ["report made", report["made"]],
     ]
     return Section("What was evaluated", kinds=("", "text"), rows=rows)
 
@@ -234,6 +241,37 @@ def _exits(exits: dict[str, Any]) -> Section:
     figure, caption = plots.exit_figure(exits), "Score against the share of early exits"
     pictures = [Picture("exits.png", plots.png(figure), caption, True)]
     return Section("Early exit", columns, ("", *["number"] * 4), rows, pictures, note)
+
+
+def _promise(promise: dict[str, Any]) -> Section:
+    told = {"accuracy": "loss of score", "agreement": "other answers", "calls": "calls of the large VLM"}
+    threshold = promise["exit_threshold"]
+    row = [
+        f"{told[promise['promise']]} at most {100 * promise['alpha']:g} %",
+        f"{100 * (1 - promise['delta']):g} %",
+        f"{promise['keep_ratio']:g} @ {promise['prune_layer']}",
+        "none" if threshold is None else f"{threshold:g}",
+        f"{100 * promise['exit_share']:.0f} %",
+        _interval(promise),
+        "yes" if promise["kept"] else "no",
+    ]
+    columns = ("promise", "confidence", "pruning", "exit_threshold", "exits", "measured here, %", "kept")
+    note = f"Means over {promise['groups']} images, against the unpruned large VLM."
+    if promise["same_data"]:
+        note += " These are the examples it was calibrated on: other ones are needed to check it."
+    if not promise["same_pair"]:
+        note += " Another pair was calibrated: nothing was promised of this one."
+    return Section("The calibrated promise", columns, ("", *["number"] * 5, ""), [row], note=note)
+
+
+def _front(front: dict[str, Any]) -> Section:
+    caption = "Score against measured time, at every exit threshold of every guided setting"
+    picture = Picture("time.png", plots.png(plots.front_figure(front)), caption, True)
+    note = (
+        "A request takes the small VLM's time and, where nothing exits, the large VLM's. Without drafts and "
+        "overlap, which sgl-vlm bench measures. Thresholds were looked up on these examples."
+    )
+    return Section("Score against time", pictures=[picture], note=note)
 
 
 def _disagreements(summary: dict[str, Any]) -> Section:
@@ -331,12 +369,6 @@ def _exit_row(label: str, point: Row) -> list[str]:
 
 def _short(vlm: Mapping[str, Any]) -> str:
     return f"fingerprint {vlm['fingerprint'][:12]}"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def _line(cells: Sequence[str], plain: bool = True) -> str:

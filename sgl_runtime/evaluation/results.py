@@ -1,7 +1,8 @@
 """Results as they are made: a file that only grows, says what it belongs to, and goes on after a crash.
 
 The first line holds the header: the pair, the data set, settings, seed and versions. Then comes a line per
-example and method, or one that says why an example has no answer. The lines of a batch are written together
+example and method, or one that says why an example has no answer; in front of those of each run, one that
+says when and on which machine. The lines of a batch are written together
 and are on the disk before the next batch begins, so that at most one batch is lost.
 """
 
@@ -10,14 +11,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from sgl_runtime.config import token_ratio
@@ -46,11 +52,13 @@ class Results:
     header : see `make_header`
     rows : one per example and method; a later line takes the place of an earlier one
     errors : why examples have no answer, by id
+    runs : of each run that added rows, ``started`` (ISO, UTC) and ``machine``
     """
 
     header: dict[str, Any]
     rows: list[Row]
     errors: dict[str, str] = field(default_factory=dict)
+    runs: list[dict[str, str]] = field(default_factory=list)
 
 
 def make_header(
@@ -69,22 +77,27 @@ def make_header(
         A checkpoint cannot be read.
     """
     vlms = ((pipe.small, checkpoints[0]), (pipe.large, checkpoints[1]))
-    rows = json.dumps([asdict(example) for example in dataset.examples], sort_keys=True, default=str)
     return {
         "format": FORMAT,
         "pair": {vlm.name: _describe(vlm, source) for vlm, source in vlms},
-        "data set": {
-            "name": dataset.name,
-            "metric": dataset.metric,
-            "suffix": METRICS[dataset.metric].suffix,
-            "count": len(dataset.examples),
-            "bad": len(dataset.bad),
-            "sha256": hashlib.sha256(rows.encode()).hexdigest(),
-        },
+        "data set": describe(dataset),
         "settings": {name: getattr(pipe.config, name) for name in _SETTINGS}
         | {"device": pipe.large.model.device.type},
         "seed": seed,
         "versions": {name: version(name) for name in ("sgl-vlm", "torch", "transformers")},
+    }
+
+
+def describe(dataset: DataSet) -> dict[str, Any]:
+    """Return what tells a data set from others: name, metric, what is asked, counts, hash of the examples."""
+    rows = json.dumps([asdict(example) for example in dataset.examples], sort_keys=True, default=str)
+    return {
+        "name": dataset.name,
+        "metric": dataset.metric,
+        "suffix": METRICS[dataset.metric].suffix,
+        "count": len(dataset.examples),
+        "bad": len(dataset.bad),
+        "sha256": hashlib.sha256(rows.encode()).hexdigest(),
     }
 
 
@@ -139,7 +152,8 @@ def run(
     Raises
     ------
     ConfigError
-        ``out`` belongs to another pair, data set, setting, seed, version or ranking, or holds no results.
+        ``out`` belongs to another pair, data set, setting, seed, version or ranking, holds no results, or is
+        being written by another process.
     MemoryLimitError
         A batch does not fit.
     OSError
@@ -159,15 +173,16 @@ def run(
             for example in dataset.examples
         }
         left = [example for example in dataset.examples if missing[example.id]]
+        lines: list[Row] = [{"run": _this_run(pipe)}]
         total, known = len(dataset.examples), dict(before.errors)
         with tqdm(total=total, initial=total - len(left), desc=dataset.name, unit="example") as bar:
             for some in _batches(left, missing, batch or pipe.config.max_batch):
                 wanted = missing[some[0].id]
-                lines: list[Row] = []
                 outcomes = answer_batch(pipe, some, wanted, suffix=metric.suffix, seed=seed)
                 for example, outcome in zip(some, outcomes, strict=True):
                     lines += _lines(metric, example, outcome, known, code)
                 appender.append(lines)
+                lines = []
                 bar.update(len(some))
                 bar.set_postfix(errors=len(known), refresh=False)
     return load(path)
@@ -186,8 +201,8 @@ def table(results: Results, dataset: DataSet | None = None) -> list[Row]:
     list of dict
         ``method``, ``keep_ratio``, ``prune_layer``, ``token_ratio`` (design: average over the layers; None
         for "small" and "large"), ``count`` (examples), ``mean``, ``low``, ``high`` (95 % bootstrap interval;
-        images are drawn, not questions; None where a judge is needed), ``seconds`` (mean of those in
-        `methods.Answered`), ``summary``.
+        images are drawn, not questions; None where a judge is needed), ``stages`` (mean seconds of those in
+        `methods.Answered`) and their sum ``seconds``, ``summary``.
     """
     by_method: dict[Key, list[Row]] = {}
     for row in results.rows:
@@ -211,6 +226,7 @@ def table(results: Results, dataset: DataSet | None = None) -> list[Row]:
                 "count": len(rows),
                 **{name: getattr(interval, name, None) for name in ("mean", "low", "high")},
                 "seconds": float(np.mean([row["seconds"] for row in rows])),
+                "stages": _mean_stages(rows),
                 "summary": summary,
             }
         )
@@ -250,9 +266,24 @@ def markdown(rows: list[Row]) -> str:
 
 
 class _Appender:
-    """A results file that is open for appending; `results` is what it held before."""
+    """A results file that is open for appending, by one process; `results` is what it held before."""
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise ConfigError(
+                f"Another process is writing {path}. Wait for it, or give another name to write to."
+            ) from None
+        try:
+            self._open(path, header)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self, path: Path, header: dict[str, Any]) -> None:
         if not path.exists():
             with whole_file(path) as partial, partial.open("wb") as stream:
                 stream.write(_line({"header": header}))
@@ -268,6 +299,7 @@ class _Appender:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
+        self._lock.release()
 
     def append(self, rows: Iterable[Row]) -> None:
         """Write rows and wait until they are on the disk."""
@@ -281,6 +313,7 @@ def _read(path: Path) -> tuple[Results, int]:
     """Return what a file holds, and its bytes up to the end of its last whole line."""
     rows: dict[tuple[str, Key], Row] = {}
     errors: dict[str, str] = {}
+    runs: list[dict[str, str]] = []
     header: dict[str, Any] | None = None
     with path.open("rb") as stream:
         end = stream.seek(0, os.SEEK_END)
@@ -296,6 +329,8 @@ def _read(path: Path) -> tuple[Results, int]:
                     raise ConfigError(
                         f"{path} is not a results file of this version. Give another name to write to."
                     )
+            elif found is not None and "run" in found:
+                runs.append(found["run"])
             elif found is None or "id" not in found:
                 raise ConfigError(
                     f"{path}, line {number} is damaged, and not by a crash: there are lines behind it. "
@@ -309,7 +344,7 @@ def _read(path: Path) -> tuple[Results, int]:
             whole += len(line)
     if header is None:
         raise ConfigError(f"{path} is empty. Delete it, or give another name to write to.")
-    return Results(header, list(rows.values()), errors), whole
+    return Results(header, list(rows.values()), errors, runs), whole
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
@@ -349,6 +384,7 @@ def _lines(
             "prediction": answered.prediction,
             "score": _score(metric, answered.prediction, example),
             "seconds": answered.seconds,
+            "stages": answered.stages,
             **answered.scores,
         }
         if code.get(method.name) is not None:
@@ -358,6 +394,24 @@ def _lines(
 
 def _score(metric: Metric, prediction: str, example: Example) -> float | None:
     return float(metric.score(prediction, example)) if metric.automatic else None
+
+
+def _mean_stages(rows: list[Row]) -> dict[str, float]:
+    names = dict.fromkeys(name for row in rows for name in row["stages"])
+    return {name: float(np.mean([row["stages"].get(name, 0.0) for row in rows])) for name in names}
+
+
+def _this_run(pipe: SGLPipeline) -> dict[str, str]:
+    device = pipe.large.model.device
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    machine = models[0] if models else platform.processor() or platform.machine()
+    if device.type == "cuda":
+        machine = f"{torch.cuda.get_device_name(device)}, {machine}"
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": f"{machine}, {torch.get_num_threads()} threads, {platform.system()}",
+    }
 
 
 def _batches(

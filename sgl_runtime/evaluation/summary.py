@@ -13,10 +13,11 @@ from sgl_runtime.evaluation.data import DataSet, Example
 from sgl_runtime.evaluation.intervals import bootstrap, bootstrap_difference
 from sgl_runtime.evaluation.methods import Key
 from sgl_runtime.evaluation.metrics import METRICS
-from sgl_runtime.evaluation.results import Results, Row, table
+from sgl_runtime.evaluation.results import Results, Row, describe, table
 
 _SHARES = tuple(step / 10 for step in range(1, 11))
 _CURVE = 201  # points of a curve, at most
+_ROUNDING = 1e-9  # sums in another order differ by less, scores by more
 
 
 def summarize(
@@ -47,7 +48,9 @@ def summarize(
         ``header`` of the results. ``examples``: how many there are, were answered by every method, failed,
         were skipped, are missing. ``methods``: the rows of `results.table`, small alone and large unpruned
         first, each with ``difference`` (mean, low, high; paired, to large unpruned; over the examples that
-        both answered). ``exits``: see `_exits`; None without a pruned method or without scores.
+        both answered). ``stages``: mean seconds by stage of what a user would run: either VLM alone, and the
+        small one guiding. ``front``: see `_front`, and ``exits``: see `_exits`; None without a guided method
+        or without scores.
         ``disagreements``: what large unpruned won against ``routed_to``, the most first, and their
         ``disagreement_count``. ``errors`` and ``skipped``: what has no answer, and why.
 
@@ -63,10 +66,11 @@ def summarize(
     scored = METRICS[results.header["data set"]["metric"]].automatic
     routed = _routed(rows, routed_to)
     lost: list[Row] = []
-    exits = None
+    exits = front = None
     if scored and routed is not None:
         lost = _lost(by_key, routed, examples)
         exits = _exits(by_key, routed, thresholds)
+        front = _front(by_key, [row for row in rows if row["method"] == "guided"])
     count = results.header["data set"]["count"]
     answered = set.intersection(*(set(found) for found in by_key.values()))
     return {
@@ -78,7 +82,10 @@ def summarize(
             "skipped": results.header["data set"]["bad"],
             "missing": count - len(answered | set(results.errors)),
         },
+        "runs": results.runs,
         "methods": rows,
+        "stages": _stages(rows),
+        "front": front,
         "exits": exits,
         "disagreement_count": len(lost),
         "disagreements": lost[:worst],
@@ -116,16 +123,13 @@ def _by_key(results: Results) -> dict[Key, dict[str, Row]]:
 def _examples(results: Results, dataset: DataSet | None) -> dict[str, Example]:
     if dataset is None:
         return {}
-    about, examples = results.header["data set"], {example.id: example for example in dataset.examples}
-    expected = (about["name"], about["metric"], about["count"])
-    if (dataset.name, dataset.metric, len(examples)) != expected or any(
-        row["id"] not in examples for row in results.rows
-    ):
+    evaluated, given = results.header["data set"], describe(dataset)
+    if given != evaluated:
+        old, new = (f"{one['count']} of {one['name']} ({one['metric']})" for one in (evaluated, given))
         raise ConfigError(
-            f"The results are of {about['count']} examples of {about['name']} ({about['metric']}), the data "
-            f"set has {len(examples)} of {dataset.name} ({dataset.metric}), or others. Load it as it was."
+            f"The results are of other examples, {old}, than the data set's, {new}: load it as it was."
         )
-    return examples
+    return {example.id: example for example in dataset.examples}
 
 
 def _methods(results: Results, by_key: dict[Key, dict[str, Row]], dataset: DataSet | None) -> list[Row]:
@@ -210,6 +214,58 @@ def _exits(
         "points": [point(threshold) for threshold in (None, *dict.fromkeys(tenths))],
         "marks": [point(threshold) for threshold in thresholds],
     }
+
+
+def _stages(rows: list[Row]) -> dict[str, dict[str, float]]:
+    by_method = {row["method"]: row["stages"] for row in rows}
+    return {
+        method_label(row): {**(by_method["small"] if row["method"] == "guided" else {}), **row["stages"]}
+        for row in rows
+        if row["method"] in ("small", "large", "guided")
+    }
+
+
+def _front(by_key: dict[Key, dict[str, Row]], guided: list[Row]) -> dict[str, Any]:
+    """Return scores against seconds of a request, of each guided setting at every exit threshold.
+
+    ``curves`` by what answers the rest: ``seconds`` (the small VLM's, and the large VLM's where nothing
+    exits), ``accuracy``, ``threshold``, as lists. ``points``: either VLM alone. ``best``: what nothing else
+    beats in accuracy at its time, with ``label`` and ``threshold``, the fastest first.
+    """
+    small_rows, large_rows = by_key["small", None, None], by_key["large", None, None]
+    keys = {method_label(row): (row["method"], row["keep_ratio"], row["prune_layer"]) for row in guided}
+    keys["large unpruned"] = ("large", None, None)
+    both = [name for name in small_rows if all(name in by_key[key] for key in keys.values())]
+    if not both:
+        return {"curves": {}, "points": {}, "best": []}
+    small = _arrays(small_rows, both)
+    decision = np.array([small_rows[name]["decision_score"] for name in both])
+    curves = {}
+    for label, key in keys.items():
+        score, seconds = _arrays(by_key[key], both)
+        found = _curve(decision, small[0], score)
+        cost = np.array(_curve(decision, np.zeros_like(seconds), seconds)["accuracy"]) + small[1].mean()
+        curves[label] = {**found, "seconds": cost.tolist()}
+    points = {
+        label: {"seconds": float(times.mean()), "accuracy": float(scores.mean())}
+        for label, (scores, times) in (("small alone", small), ("large unpruned", _arrays(large_rows, both)))
+    }
+    every: list[Row] = [{"label": label, "threshold": None, **point} for label, point in points.items()]
+    for label, curve in curves.items():
+        columns = (curve[name] for name in ("threshold", "seconds", "accuracy"))
+        every += [
+            {"label": label, "threshold": threshold, "seconds": seconds, "accuracy": accuracy}
+            for threshold, seconds, accuracy in zip(*columns, strict=True)
+        ]
+    best: list[Row] = []
+    for point in sorted(every, key=lambda point: (point["seconds"], -point["accuracy"])):
+        if not best or point["accuracy"] > best[-1]["accuracy"] + _ROUNDING:
+            best.append(point)
+    return {"curves": curves, "points": points, "best": best}
+
+
+def _arrays(rows: dict[str, Row], names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(np.array([rows[name][what] for name in names]) for what in ("score", "seconds"))  # type: ignore[return-value]
 
 
 def _column(rows: list[Row], name: str) -> np.ndarray | None:

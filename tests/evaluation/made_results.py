@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from sgl_runtime.evaluation.data import BadRow, DataSet, Example
-from sgl_runtime.evaluation.results import Results
+from sgl_runtime.evaluation.results import Results, describe
 
 LAYERS, COUNT = 10, 60
+SECONDS = {"small": 0.125, "large": 0.5, "guided": 0.25, "random": 0.25}
 SETTINGS = {(0.4, 4): 0.8, (0.2, 2): 0.75, (0.05, 0): 0.5}  # to how often "guided" is right
 
 
@@ -34,7 +35,11 @@ def make_results() -> tuple[Results, DataSet]:
                 "prune_layer": prune_layer,
                 "prediction": f"answer {number}" if right else "no",
                 "score": float(right),
-                "seconds": 0.25,
+                "seconds": SECONDS[method],
+                "stages": {
+                    f"{method}_prefill": 0.75 * SECONDS[method],
+                    f"{method}_decode": SECONDS[method] / 4,
+                },
             }
             if method == "small":
                 confidence, consistency = (round(0.3 * right + 0.7 * generator.random(), 1) for _ in range(2))
@@ -48,14 +53,7 @@ def make_results() -> tuple[Results, DataSet]:
     header = {
         "format": 1,
         "pair": {"small": vlm, "large": vlm},
-        "data set": {
-            "name": "made",
-            "metric": "exact",
-            "suffix": "",
-            "count": COUNT,
-            "bad": 1,
-            "sha256": "0" * 64,
-        },
+        "data set": {},
         "settings": {"max_new_tokens": 8, "exit_score": "both"},
         "seed": 0,
         "versions": {"sgl-vlm": "0.1.0"},
@@ -70,7 +68,10 @@ def make_results() -> tuple[Results, DataSet]:
         )
         for i in range(COUNT)
     )
-    return Results(header, rows), DataSet("made", "exact", examples, (BadRow(7, "it has no image"),))
+    dataset = DataSet("made", "exact", examples, (BadRow(7, "it has no image"),))
+    header["data set"] = describe(dataset)
+    runs = [{"started": "2026-01-01T10:00:00+00:00", "machine": "an abacus, 2 threads"}]
+    return Results(header, rows, runs=runs), dataset
 
 
 def rows_of(

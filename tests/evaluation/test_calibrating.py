@@ -42,7 +42,7 @@ def make_results(fingerprints: tuple[str, str] = ("a" * 64, "b" * 64)) -> Result
             "small": {"fingerprint": fingerprints[0], "layers": 8},
             "large": {"fingerprint": fingerprints[1], "layers": 10},
         },
-        "data set": {"name": "made up", "metric": "exact"},
+        "data set": {"name": "made up", "metric": "exact", "sha256": "c" * 64},
         "settings": {"exit_score": "both", "consistency_keep_ratio": 0.05},
         "versions": {"sgl-vlm": "0"},
     }
@@ -54,7 +54,7 @@ def arrays(results: Results, key: tuple[Any, ...], what: str = "score") -> np.nd
     return np.array([row[what] for row in sorted(rows, key=lambda row: row["id"])])
 
 
-def run(results: Results, **changes: Any) -> Any:
+def search(results: Results, **changes: Any) -> Any:
     given: dict[str, Any] = {
         "alpha": 0.1,
         "delta": 0.1,
@@ -63,6 +63,11 @@ def run(results: Results, **changes: Any) -> Any:
         "setting": None,
     }
     return calibrate(results, today="2026-01-01", **{**given, **changes})
+
+
+def run(results: Results, **changes: Any) -> Any:
+    found = search(results, **changes)
+    return found.calibration, found.note
 
 
 def test_a_given_setting_gets_all_of_delta() -> None:
@@ -85,23 +90,67 @@ def test_a_given_setting_gets_all_of_delta() -> None:
         assert (note, made.examples, made.groups, made.promise) == ("", COUNT, COUNT // 2, "accuracy")
 
 
-def test_a_chosen_setting_shares_delta() -> None:
-    results = make_results()
-    made, _ = run(results)
-    assert (made.keep_ratio, made.prune_layer) == (0.5, 4)  # the faster one loses a third of the answers
-    groups = arrays(results, ("small", None, None), "group")
-    shared = choose_threshold(
+def threshold_at(results: Results, setting: tuple[Any, ...] | None, delta: float) -> Any:
+    large = arrays(results, ("large", None, None))
+    return choose_threshold(
         arrays(results, ("small", None, None), "decision_score"),
         arrays(results, ("small", None, None)),
-        arrays(results, ("guided", 0.5, 4)),
+        large if setting is None else arrays(results, ("guided", *setting)),
         alpha=0.1,
-        delta=0.1 / 6,  # half of it, over two settings and none
-        groups=groups,
-        reference_score=arrays(results, ("large", None, None)),
+        delta=delta,
+        groups=arrays(results, ("small", None, None), "group"),
+        reference_score=None if setting is None else large,
     )
-    assert made.exit_threshold == shared.threshold
+
+
+def test_a_chosen_setting_shares_delta() -> None:
+    results = make_results()
+    found = search(results)
+    shared = {setting: threshold_at(results, setting, 0.1 / 3) for setting in (None, (0.5, 4), (0.2, 2))}
+    assert not shared[0.2, 2].holds  # it loses a third of the answers
+    times = {None: 1.0, (0.5, 4): 0.5}
+    expected = {
+        setting or (1.0, 0): (shared[setting].threshold, 1.0 + (1 - shared[setting].exit_share) * seconds)
+        for setting, seconds in times.items()
+    }
+    told = {
+        (one.setting.keep_ratio, one.setting.prune_layer): (one.exits.threshold, one.seconds)
+        for one in found.candidates
+    }
+    assert told == expected
+    assert [one.seconds for one in found.candidates] == sorted(one.seconds for one in found.candidates)
+    made = found.calibration
+    assert (made.keep_ratio, made.prune_layer, made.exit_threshold) == (0.5, 4, shared[0.5, 4].threshold)
+    assert made.measured["seconds"] == found.candidates[0].seconds
+    assert made.measured["seconds_large_unpruned"] == 1.0
     whole, _ = run(results, setting=(0.5, 4))
-    assert whole.exit_threshold < shared.threshold
+    assert whole.exit_threshold < made.exit_threshold
+
+
+def test_the_fastest_is_measured_with_its_exits() -> None:
+    """The faster pruning loses all that is tolerated, so that nothing can exit: it is not the faster way."""
+    results = make_results()
+    for row in results.rows:
+        key = (row["method"], row["keep_ratio"])
+        if key in (("large", None), ("guided", 0.5)):
+            row["score"] = 1.0
+        elif key == ("guided", 0.2):
+            row["score"] = float(int(row["id"]) % 25 > 0)
+            row["seconds"] = 0.45
+    found = search(results)
+    by_setting = {one.setting.keep_ratio: one for one in found.candidates}
+    assert by_setting[0.2].exits.exit_share < by_setting[0.5].exits.exit_share
+    assert found.calibration.keep_ratio == 0.5
+
+
+def test_no_pruning_is_a_candidate() -> None:
+    results = make_results()
+    for row in results.rows:
+        if row["method"] == "guided":
+            row["score"] = 0.0
+    found = search(results)
+    assert [one.setting.keep_ratio for one in found.candidates] == [1.0]
+    assert SGLConfig(**found.calibration.settings()).keep_ratio == 1.0
 
 
 def test_without_labels_the_large_answers_are_the_reference() -> None:
@@ -131,6 +180,9 @@ def test_a_budget_of_calls() -> None:
     groups = arrays(results, ("small", None, None), "group")
     assert made.exit_threshold == choose_calls(decision, calls=0.5, groups=groups).threshold
     assert (made.promise, made.alpha) == ("calls", 0.5)
+    chosen, _ = run(results, calls=0.5)  # half of delta for the choice of pruning
+    assert (chosen.keep_ratio, chosen.prune_layer) == (0.5, 4)
+    assert chosen.exit_threshold == choose_calls(decision, calls=0.5, delta=0.05, groups=groups).threshold
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from sgl_runtime.evaluation.calibration import (
     choose_pruning,
     choose_threshold,
     mismatches,
-    pareto,
     read_calibration,
 )
 
@@ -263,15 +262,6 @@ def settings(*rows: tuple[float, float, float]) -> list[Setting]:
     return [Setting(keep, 2, np.full(4, accuracy), seconds) for keep, accuracy, seconds in rows]
 
 
-def test_pareto_front() -> None:
-    """Slower and worse goes, slower and as good goes, equals stay; the fastest comes first."""
-    measured = settings(
-        (1, 0.9, 4), (0.5, 0.9, 3), (0.4, 0.7, 3), (0.2, 0.8, 1), (0.1, 0.8, 1), (0.3, 0.6, 2)
-    )
-    assert [setting.keep_ratio for setting in pareto(measured)] == [0.2, 0.1, 0.5]
-    assert pareto([]) == []
-
-
 def _pruned(generator: np.random.Generator, losses: dict[float, float], size: int) -> list[Setting]:
     """Right at 0.8 less the loss; a lower keep ratio is faster, but 0.2 is slower than 0.4."""
     noise = generator.random(size)
@@ -357,6 +347,7 @@ CALIBRATION = Calibration(
     procedure=LOSS_PROCEDURE,
     pair={"small": "a" * 64, "large": "b" * 64},
     data_set="tiny scenes",
+    data_sha256="c" * 64,
     examples=1200,
     groups=300,
     measured={"exit_share": 0.31, "loss": -0.004},

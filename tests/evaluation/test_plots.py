@@ -153,6 +153,7 @@ def test_pngs_are_readable(summary: dict[str, Any], tmp_path: Path) -> None:
     for make, shown in (
         (plots.accuracy_figure, summary["methods"]),
         (plots.exit_figure, summary["exits"]),
+        (plots.front_figure, summary["front"]),
         (plots.stage_figure, STAGES),
     ):
         path, figure = tmp_path / "plots" / f"{make.__name__}.png", make(shown)  # type: ignore[operator]
@@ -189,6 +190,8 @@ def test_nothing_to_plot(summary: dict[str, Any]) -> None:
             plots.accuracy_figure(rows)
     with pytest.raises(SGLError, match="no curve"):
         plots.exit_figure({**summary["exits"], "curves": {}})
+    with pytest.raises(SGLError, match="nothing to plot against time"):
+        plots.front_figure({"curves": {}, "points": {}, "best": []})
     for empty in ({}, {"guided": {}}):
         with pytest.raises(SGLError, match="no times"):
             plots.stage_figure(empty)

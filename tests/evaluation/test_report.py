@@ -14,14 +14,35 @@ import pytest
 from PIL import Image
 
 from sgl_runtime.errors import ConfigError
+from sgl_runtime.evaluation.calibrating import check
+from sgl_runtime.evaluation.calibration import LOSS_PROCEDURE, Calibration
 from sgl_runtime.evaluation.report import write_report
-from sgl_runtime.evaluation.results import Results
+from sgl_runtime.evaluation.results import Results, describe
 from sgl_runtime.evaluation.summary import method_label, summarize
 
 from .made_results import make_results, rows_of
 
+PLOTS = ("accuracy", "exits", "time", "stages")
 EVIL = "<script>alert(1)</script> | <img src=http://evil.example/x onerror=alert(2)> [x](http://evil.example)"
-STAGES = {"guided": {"small_vision": 0.004, "large_decode": 0.02}}
+PROMISE = Calibration(
+    exit_threshold=0.5,
+    keep_ratio=0.2,
+    prune_layer=2,
+    exit_score="both",
+    consistency_keep_ratio=0.05,
+    promise="accuracy",
+    alpha=0.3,
+    delta=0.1,
+    procedure=LOSS_PROCEDURE,
+    pair={"small": "ab" * 32, "large": "ab" * 32},
+    data_set="made before",
+    data_sha256="0" * 64,
+    examples=60,
+    groups=30,
+    measured={},
+    date="2026-01-01",
+    versions={},
+)
 
 
 class Page(HTMLParser):
@@ -67,12 +88,11 @@ def markdown_table(text: str, heading: str) -> list[list[str]]:
 
 def test_tables_are_the_summary(tmp_path: Path) -> None:
     results, dataset = make_results()
-    path = write_report(results, tmp_path, dataset=dataset, stages=STAGES, thresholds=[0.5])
+    path = write_report(results, tmp_path, dataset=dataset, calibration=PROMISE)
     assert path == tmp_path / "report.html"
     expected = summarize(results, dataset, thresholds=[0.5])
     stored = json.loads((tmp_path / "report.json").read_text())
     assert {name: stored[name] for name in expected} == json.loads(json.dumps(expected))
-    assert stored["stages"] == STAGES
     page, text = page_of(path), (tmp_path / "report.md").read_text()
     rows = page.tables["Scores"]
     assert rows == markdown_table(text, "Scores")
@@ -99,6 +119,29 @@ def test_tables_are_the_summary(tmp_path: Path) -> None:
     assert page.tables["Rows that were skipped"][1:] == [["7", "it has no image"]]
 
 
+def test_a_promise_is_checked(tmp_path: Path) -> None:
+    results, dataset = make_results()
+    page = page_of(write_report(results, tmp_path / "kept", dataset=dataset, calibration=PROMISE))
+    found = check(results, PROMISE)
+    [row] = page.tables["The calibrated promise"][1:]
+    interval = f"{100 * found['mean']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+    share = f"{100 * found['exit_share']:.0f} %"
+    assert row == ["loss of score at most 30 %", "90 %", "0.2 @ 2", "0.5", share, interval, "yes"]
+    assert "calibrated on" not in page.text
+    other = replace(
+        PROMISE,
+        alpha=0.001,
+        pair={"small": "c", "large": "d"},
+        data_sha256=results.header["data set"]["sha256"],
+    )
+    page = page_of(write_report(results, tmp_path / "broken", dataset=dataset, calibration=other))
+    assert page.tables["The calibrated promise"][1][-1] == "no"
+    assert "These are the examples it was calibrated on" in page.text
+    assert "Another pair was calibrated" in page.text
+    with pytest.raises(ConfigError, match=r"no results of 0\.3@2"):
+        write_report(results, tmp_path / "none", calibration=replace(PROMISE, keep_ratio=0.3))
+
+
 def test_small_alone_is_in_every_table_of_scores(tmp_path: Path) -> None:
     results, dataset = make_results()
     tables = page_of(write_report(results, tmp_path, dataset=dataset)).tables
@@ -112,13 +155,13 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     results, dataset = make_results()
     picture = tmp_path / "street.png"
     Image.new("RGB", (8, 8), "red").save(picture)
-    path = write_report(results, tmp_path / "out", dataset=dataset, stages=STAGES, examples=[picture])
+    path = write_report(results, tmp_path / "out", dataset=dataset, examples=[picture])
     page = page_of(path)
     images = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
     prefix = "data:image/png;base64,"
     assert all(image.startswith(prefix) for image in images)
     embedded = [base64.b64decode(image[len(prefix) :]) for image in images]
-    plots = [(tmp_path / "out" / f"{name}.png").read_bytes() for name in ("accuracy", "exits", "stages")]
+    plots = [(tmp_path / "out" / f"{name}.png").read_bytes() for name in PLOTS]
     assert embedded == [*plots, picture.read_bytes()]
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "a", "form"}
     style = re.search(r"<style>(.*)</style>", path.read_text(), re.DOTALL)
@@ -129,14 +172,13 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     [policy] = [a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a]
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     files = {file.name for file in (tmp_path / "out").iterdir()}
-    assert files == {"report.html", "report.md", "report.json", "accuracy.png", "exits.png", "stages.png"}
+    assert files == {"report.html", "report.md", "report.json", *(f"{name}.png" for name in PLOTS)}
 
 
 def test_text_of_others_is_only_text(tmp_path: Path) -> None:
     clean, dataset = make_results()
     tags = page_of(write_report(clean, tmp_path / "clean", dataset=dataset)).tags
     results, _ = make_results()
-    header: dict[str, Any] = {**results.header, "data set": {**results.header["data set"], "name": EVIL}}
     rows = [
         {**row, "prediction": EVIL, "method": EVIL if row["method"] == "random" else row["method"]}
         for row in results.rows
@@ -146,6 +188,7 @@ def test_text_of_others_is_only_text(tmp_path: Path) -> None:
         for example in dataset.examples
     )
     evil = replace(dataset, name=EVIL, examples=examples)
+    header: dict[str, Any] = {**results.header, "data set": describe(evil)}
     path = write_report(Results(header, rows, {EVIL: EVIL}), tmp_path / "evil", dataset=evil)
     page = page_of(path)
     assert {tag for tag, _ in page.tags} == {tag for tag, _ in tags}
@@ -187,7 +230,8 @@ def test_results_without_scores_or_rankings(tmp_path: Path) -> None:
     only = Results(results.header, [row for row in results.rows if row["method"] in ("small", "large")])
     page = page_of(write_report(only, tmp_path / "only"))
     assert len(page.tables["Scores"]) == 3
-    assert "img" not in {tag for tag, _ in page.tags}
+    [picture] = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert picture["alt"] == "Mean time per stage of an example"
 
 
 def test_bad_input_leaves_no_report(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from . import interrupted
 
 SETTINGS = [(0.2, 2), (0.1, 0)]
 LAYERS = 10
+STAGES = {"prefill": 0.1875, "decode": 0.0625}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ class Answers:
         right = [len(f"{example.id}{method.key}") % 2 or int(example.id) % 3 for method in methods]
         scores: dict[str, float | None] = {"confidence": 0.5, "consistency": None, "decision_score": 0.5}
         return [
-            Answered(m, example.answers[0] if ok else "no", 0.25, scores if m.name == "small" else {})
+            Answered(m, example.answers[0] if ok else "no", STAGES, scores if m.name == "small" else {})
             for m, ok in zip(methods, right, strict=True)
         ]
 
@@ -96,10 +98,19 @@ def test_rows_as_they_are_documented(
 ) -> None:
     out = tmp_path / "deep" / "results.jsonl"
     found = go(pipe, dataset, out, monkeypatch)
-    first, *lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert found == Results(first["header"], lines)
+    first, run, *lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert found == Results(first["header"], lines, runs=[run["run"]])
+    assert datetime.fromisoformat(run["run"]["started"]).utcoffset() == timedelta(0)
+    assert "threads" in run["run"]["machine"]
     assert len(lines) == 7 * (2 + 2 * 2)
-    about = {"id": "1", "group": "/images/a.png", "prediction": "answer 1", "score": 1.0, "seconds": 0.25}
+    about = {
+        "id": "1",
+        "group": "/images/a.png",
+        "prediction": "answer 1",
+        "score": 1.0,
+        "seconds": 0.25,
+        "stages": STAGES,
+    }
     setting = {"keep_ratio": None, "prune_layer": None}
     scores = {"confidence": 0.5, "consistency": None, "decision_score": 0.5}
     assert lines[6:8] == [
@@ -108,6 +119,24 @@ def test_rows_as_they_are_documented(
     ]
     assert lines[9] == {**about, "method": "guided", "keep_ratio": 0.1, "prune_layer": 0}
     assert {row["score"] for row in lines} == {0.0, 1.0}
+
+
+def test_two_processes_do_not_write_one_file(
+    pipe: SGLPipeline, dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "results.jsonl"
+
+    class Intruder(Answers):
+        def __call__(self, *positional: Any, **options: Any) -> list[list[Answered] | SGLError]:
+            with pytest.raises(ConfigError, match="Another process is writing"):
+                run(pipe, dataset, [], out, checkpoints=interrupted.CHECKPOINTS)
+            return super().__call__(*positional, **options)
+
+    intruder = Intruder()
+    found = go(pipe, dataset, out, monkeypatch, intruder)
+    assert intruder.batches == 4
+    assert len(found.rows) == 7 * (2 + 2 * 2)
+    go(pipe, dataset, out, monkeypatch)  # and leave it to others afterwards
 
 
 def test_what_is_there_is_not_done_again(
@@ -147,6 +176,7 @@ def test_a_file_cut_anywhere_goes_on(
     expected = table(go(pipe, dataset, whole, monkeypatch))
     data = whole.read_bytes()
     begin = data.index(b"\n") + 1
+    answers = [line for line in data.splitlines() if not line.startswith(b'{"run"')]
     ends = [i for i, byte in enumerate(data) if byte == 10 and i >= begin][::5]
     cuts = {begin, begin + 1, *(end + extra for end in ends for extra in (-1, 0, 1, 2, 17))}
     for number, cut in enumerate(sorted(cut for cut in cuts if cut <= len(data))):
@@ -155,7 +185,8 @@ def test_a_file_cut_anywhere_goes_on(
             out.write_bytes(data[:cut] + tail)
             assert table(go(pipe, dataset, out, monkeypatch)) == expected
             assert b"\0" not in out.read_bytes()
-            assert sorted(out.read_bytes().splitlines()) == sorted(data.splitlines())
+            written = [line for line in out.read_bytes().splitlines() if not line.startswith(b'{"run"')]
+            assert sorted(written) == sorted(answers)
 
 
 def test_a_full_disk_leaves_a_file_that_resumes(
@@ -314,7 +345,7 @@ def test_table_and_its_markdown(
         assert (row["mean"], row["low"], row["high"]) == bootstrap(scores, [r["group"] for r in mine])
         assert row["mean"] == sum(scores) / 7
         assert row["summary"]["odd"] == pytest.approx(sum(scores[1::2]) / 3)
-        assert row["seconds"] == 0.25
+        assert (row["seconds"], row["stages"]) == (0.25, STAGES)
     assert [row["token_ratio"] for row in rows] == pytest.approx([None, None, 0.36, 0.1, 0.36, 0.1])
     lines = markdown(rows).splitlines()
     assert len(lines) == 2 + len(rows)
@@ -373,7 +404,7 @@ def test_a_killed_run_gives_the_same_table(pipe: SGLPipeline, tmp_path: Path) ->
     assert len(found.rows) == 16 * 4
 
     def timeless(results: Results) -> list[dict[str, Any]]:
-        return [{**row, "seconds": None} for row in table(results, load(data))]
+        return [{**row, "seconds": None, "stages": None} for row in table(results, load(data))]
 
     assert timeless(found) == timeless(whole)
     assert [r["prediction"] for r in found.rows] == [r["prediction"] for r in whole.rows]

@@ -112,6 +112,55 @@ def test_long_curves_are_thinned() -> None:
     assert curve["accuracy"][-1] == pytest.approx(scores(results, "small").mean())
 
 
+def test_stages_are_those_that_a_request_goes_through() -> None:
+    results, _ = make_results()
+    stages = summarize(results)["stages"]
+    small = {"small_prefill": 0.09375, "small_decode": 0.03125}
+    guided = {**small, "guided_prefill": 0.1875, "guided_decode": 0.0625}
+    assert stages == {
+        "small alone": small,
+        "large unpruned": {"large_prefill": 0.375, "large_decode": 0.125},
+        **{f"guided at {ratio} %": guided for ratio in (64, 36, 5)},
+    }
+
+
+def test_front_is_what_nothing_beats() -> None:
+    results, _ = make_results()
+    generator = np.random.default_rng(0)
+    for row in results.rows:
+        row["seconds"] *= 1 + generator.random()
+    found = summarize(results)["front"]
+    decision = np.array([row["decision_score"] for row in rows_of(results, "small")])
+
+    def seconds(*key: object) -> np.ndarray:
+        return np.array([row["seconds"] for row in rows_of(results, *key)])  # type: ignore[arg-type]
+
+    keys = {f"guided at {r} %": ("guided", *s) for r, s in ((64, (0.4, 4)), (36, (0.2, 2)), (5, (0.05, 0)))}
+    keys["large unpruned"] = ("large",)
+    assert list(found["curves"]) == list(keys)
+    points = [(seconds(name).mean(), scores(results, name).mean()) for name in ("small", "large")]
+    told = [(point["seconds"], point["accuracy"]) for point in found["points"].values()]
+    np.testing.assert_allclose(told, points)
+    for label, key in keys.items():
+        curve = found["curves"][label]
+        expected = []
+        for threshold in (np.inf, *sorted(set(decision), reverse=True)):
+            exited = decision >= threshold
+            time = np.where(exited, 0, seconds(*key)) + seconds("small")
+            score = np.where(exited, scores(results, "small"), scores(results, *key))
+            expected.append((time.mean(), score.mean()))
+        np.testing.assert_allclose(np.array([curve["seconds"], curve["accuracy"]]).T, expected)
+        points += expected
+    points = [(round(time, 9), round(score, 9)) for time, score in points]
+    best = [
+        (time, score)
+        for time, score in points
+        if not any(t <= time and s >= score and (t, s) != (time, score) for t, s in points)
+    ]
+    assert [(round(p["seconds"], 9), round(p["accuracy"], 9)) for p in found["best"]] == sorted(set(best))
+    assert len(best) > 3
+
+
 def test_what_guidance_lost() -> None:
     results, dataset = make_results()
     pruned, large = scores(results, "guided", 0.05, 0), scores(results, "large")
@@ -174,9 +223,10 @@ def test_nothing_to_report() -> None:
     assert summarize(Results(results.header, only))["exits"] is None
     others: list[DataSet] = [
         replace(dataset, name="other"),
+        replace(dataset, examples=(replace(dataset.examples[0], question="?"), *dataset.examples[1:])),
         replace(dataset, examples=dataset.examples[1:]),
         replace(dataset, examples=(replace(dataset.examples[0], id="x"), *dataset.examples[1:])),
     ]
     for other in others:
-        with pytest.raises(ConfigError, match="The results are of 60 examples of made"):
+        with pytest.raises(ConfigError, match=r"The results are of other examples, 60 of made \(exact\)"):
             summarize(results, other)
