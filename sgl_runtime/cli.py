@@ -46,21 +46,37 @@ def main() -> None:
         sys.exit(2)
 
 
-@app.command(epilog="Example: sgl-vlm demo --out pictures")
+@app.command(epilog="Examples: sgl-vlm demo --out pictures; sgl-vlm demo --web")
 def demo(
     out: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("sgl-vlm-demo"),
     keep_ratio: KeepRatio = 0.05,
     prune_layer: PruneLayer = "0",
     exit_threshold: ExitThreshold = 0.9,
     as_json: AsJson = False,
+    web: Annotated[
+        bool, typer.Option("--web", help="Serve a page on which you ask about your own pictures.")
+    ] = False,
+    host: Annotated[str, typer.Option(help="--web: the address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="--web: the port; 0 is any that is free.")
+    ] = 7860,
+    small: Annotated[str | None, typer.Option(help="--web: another small VLM, directory or hub id.")] = None,
+    large: Annotated[str | None, typer.Option(help="--web: the large VLM that goes with it.")] = None,
 ) -> None:
     """Ask the bundled tiny pair about the bundled pictures: no download, no arguments."""
+    pair = _demo_pair(small, large, web)
+    if web:
+        from sgl_runtime.web import listening, serve
+
+        with listening(host, port) as listener:  # before the models, which may take minutes to load
+            serve(_pipeline(*pair, _config(keep_ratio, prune_layer, exit_threshold, 128)), listener)
+        return
     from sgl_runtime import tiny
     from sgl_runtime.images import open_image
 
     started = time.perf_counter()
     _check_target(out / "picture.png")
-    pipe = _pipeline(tiny.SMALL, tiny.LARGE, _config(keep_ratio, prune_layer, exit_threshold, 8))
+    pipe = _pipeline(*pair, _config(keep_ratio, prune_layer, exit_threshold, 8))
     answers = []
     for number, sample in enumerate(tiny.samples(), start=1):
         result = pipe(sample["image"], sample["prompt"])
@@ -265,6 +281,20 @@ def _config(
     )
 
 
+def _demo_pair(small: str | None, large: str | None, web: bool) -> tuple[str | Path, str | Path]:
+    from sgl_runtime import tiny
+    from sgl_runtime.errors import ConfigError
+
+    if small is None and large is None:
+        return tiny.SMALL, tiny.LARGE
+    if not web:
+        raise ConfigError("--small and --large are for demo --web; to ask a pair one question: sgl-vlm run.")
+    if small is None or large is None:
+        given, missing = ("--large", "--small") if small is None else ("--small", "--large")
+        raise ConfigError(f"{given} came without {missing}: give both, or neither for the bundled tiny pair.")
+    return small, large
+
+
 def _check_target(path: Path) -> None:
     """Find out before minutes of work that a file cannot be written."""
     from sgl_runtime.errors import ConfigError
@@ -299,23 +329,10 @@ def _pipeline(small: str | Path, large: str | Path, config: Any, **options: Any)
 
 
 def _save_picture(pipe: Any, path: Path, image: Any, prompt: str, result: Any) -> None:
-    import numpy as np
+    from sgl_runtime.pictures import guidance_panels, save_guidance
 
-    from sgl_runtime.config import num_kept
-    from sgl_runtime.pictures import save_guidance, token_maps
-
-    boxes, kept = pipe.small_processor(image, prompt)["visual_cells"].numpy(), result.kept_visual
-    large = boxes if result.exited else pipe.large_processor(image, prompt)["visual_cells"].numpy()
-    num_keep = num_kept(len(large), pipe.config.keep_ratio)
-    note = f"large VLM sees {num_keep} of {len(large)} tokens"
-    if result.exited:
-        kept = result.mass.topk(num_keep).indices
-        note = "small VLM was sure: large VLM not asked, or it would see this"
-    is_kept = np.zeros(len(large))
-    is_kept[kept] = 1.0
-    title = f"{prompt}  →  {result.text}"
-    heat, seen = token_maps(result.mass.numpy(), boxes), token_maps(is_kept, large)
-    save_guidance(path, image, heat, seen, title=title, note=note)
+    panels = guidance_panels(pipe, image, prompt, result)
+    save_guidance(path, panels, title=f"{prompt}  →  {result.text}")
 
 
 def _print_answer(prompt: str, result: Any, right: str | None = None) -> None:

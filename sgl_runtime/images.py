@@ -23,7 +23,9 @@ _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://|^data:", re.ASCII)
 _pil_limit = threading.Lock()
 
 
-def open_image(source: Image, max_pixels: int | None = None) -> PILImage.Image:
+def open_image(
+    source: Image, max_pixels: int | None = None, *, formats: tuple[str, ...] | None = None
+) -> PILImage.Image:
     """Return an image as upright RGB, fully decoded.
 
     EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled to 8 bits, of an
@@ -36,6 +38,8 @@ def open_image(source: Image, max_pixels: int | None = None) -> PILImage.Image:
     max_pixels
         Largest width x height that is decoded; default the environment variable SGL_MAX_IMAGE_PIXELS, else
         89,478,485.
+    formats
+        Names of those that are read, as Pillow has them; default all that it knows.
 
     Raises
     ------
@@ -44,7 +48,10 @@ def open_image(source: Image, max_pixels: int | None = None) -> PILImage.Image:
     """
     name, stream = _stream(source)
     try:
-        image = source if isinstance(source, PILImage.Image) else _open(stream)
+        image = source if isinstance(source, PILImage.Image) else _open(stream, formats)
+    except PILImage.UnidentifiedImageError as error:
+        read = "that Pillow reads" if formats is None else f"in {', '.join(formats)}"
+        raise ImageError(f"{name} is not an image {read}.") from error
     except Exception as error:  # Pillow's decoders raise many kinds on damaged headers
         raise ImageError(f"{name} is not an image that can be read ({reason(error)}).") from error
     check_pixels(name, *image.size, max_pixels)
@@ -107,12 +114,12 @@ def _stream(source: Image) -> tuple[str, Any]:
     return name, path
 
 
-def _open(stream: Any) -> PILImage.Image:
+def _open(stream: Any, formats: tuple[str, ...] | None) -> PILImage.Image:
     """Read the header only. Pillow's own limit is global; ours takes its place while the header is read."""
     with _pil_limit:
         before, PILImage.MAX_IMAGE_PIXELS = PILImage.MAX_IMAGE_PIXELS, None
         try:
-            return PILImage.open(stream)
+            return PILImage.open(stream, formats=formats)
         finally:
             PILImage.MAX_IMAGE_PIXELS = before
 

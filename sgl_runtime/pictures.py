@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
+from sgl_runtime.config import num_kept
 from sgl_runtime.files import whole_file
 
+if TYPE_CHECKING:
+    from sgl_runtime.pipeline import SGLPipeline, SGLResult
+
 _DIM = 0.22  # brightness of dropped patches
+_HEAT = 0.65  # share of the heat map's colour
 _SIDE = 384  # of a map, in points
+_SHOWN = 768  # longer side of a panel, in pixels
+
+
+class Panel(NamedTuple):
+    """An RGB picture and what it shows."""
+
+    image: Image.Image
+    caption: str
 
 
 def token_maps(values: np.ndarray, boxes: np.ndarray) -> list[np.ndarray]:
@@ -50,64 +64,86 @@ def token_maps(values: np.ndarray, boxes: np.ndarray) -> list[np.ndarray]:
     return maps
 
 
-def save_guidance(
-    path: Path,
-    image: Image.Image,
-    heat: list[np.ndarray],
-    seen: list[np.ndarray],
-    *,
-    title: str,
-    note: str,
-) -> None:
-    """Write a PNG: the image, the mass as a heat map over it, and the image with dropped patches dimmed.
+def guidance_panels(pipe: SGLPipeline, image: Image.Image, prompt: str, result: SGLResult) -> list[Panel]:
+    """Return the image, attention received in the small VLM over it, and what of it the large VLM sees.
 
     Parameters
     ----------
-    path
-        Written whole or not at all.
+    pipe
+        Gave ``result``; has processors.
     image
-        The RGB image the question was about.
+        The one RGB image that ``prompt`` was about.
+    """
+    assert pipe.small_processor is not None
+    assert pipe.large_processor is not None
+    boxes, kept = pipe.small_processor(image, prompt)["visual_cells"].numpy(), result.kept_visual
+    large = boxes if result.exited else pipe.large_processor(image, prompt)["visual_cells"].numpy()
+    num_keep = num_kept(len(large), pipe.config.keep_ratio)
+    note = f"large VLM sees {num_keep} of {len(large)} tokens"
+    if kept is None:
+        kept = result.mass.topk(num_keep).indices
+        note = "small VLM was sure: large VLM not asked, or it would see this"
+    is_kept = np.zeros(len(large))
+    is_kept[kept] = 1.0
+    return draw_panels(image, token_maps(result.mass.numpy(), boxes), token_maps(is_kept, large), note)
+
+
+def draw_panels(
+    image: Image.Image, heat: Sequence[np.ndarray], seen: Sequence[np.ndarray], note: str
+) -> list[Panel]:
+    """Return the image, a heat map over it, and the image with dropped patches dimmed; 768 pixels long each.
+
+    Parameters
+    ----------
+    image
+        RGB.
     heat
         Attention received by each visual token, from `token_maps`.
     seen
         1 for visual tokens that the large VLM keeps, else 0, from `token_maps`.
-    title, note
-        One line above the picture and one above the panel of what is kept.
+    note
+        Caption of what is kept.
     """
-    panels: list[tuple[Image.Image, Any, str]] = [(image, None, "image")]
+    image = ImageOps.contain(image, (_SHOWN, _SHOWN))
+    panels = [Panel(image, "image")]
     for number, values in enumerate(heat):
         where = "" if number == 0 else ", whole image" if number == len(heat) - 1 else f", pass {number + 1}"
-        panels.append((image, values, f"attention received in the small VLM{where}"))
+        panels.append(Panel(_heated(image, values), f"attention received in the small VLM{where}"))
     for number, values in enumerate(seen):
-        panels.append((_dim(image, values), None, note if number == 0 else "kept on the whole image"))
-    _save_panels(path, panels, title)
+        panels.append(Panel(_dimmed(image, values), note if number == 0 else "kept on the whole image"))
+    return panels
 
 
-def _dim(image: Image.Image, seen: np.ndarray) -> Image.Image:
+def save_guidance(path: Path, panels: Sequence[Panel], *, title: str) -> None:
+    """Write a PNG of panels of one size side by side, whole or not at all; ``title`` is a line above them."""
+    # The object interface: pyplot would keep global state and look for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    width, height = panels[0].image.size
+    figure = Figure(figsize=(3.6 * len(panels), 3.6 * min(2.0, height / width) + 0.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=13, parse_math=False)
+    for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        axes.imshow(panel.image)
+        axes.set_title(panel.caption, fontsize=10, parse_math=False)
+        axes.set_axis_off()
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+
+
+def _heated(image: Image.Image, values: np.ndarray) -> Image.Image:
+    from matplotlib import colormaps
+
+    span = values.max() - values.min()
+    colours = colormaps["inferno"]((values - values.min()) / (span or 1.0), bytes=True)[..., :3]
+    heat = Image.fromarray(np.ascontiguousarray(colours)).resize(image.size, Image.Resampling.NEAREST)
+    return Image.blend(image.convert("L").convert("RGB"), heat, _HEAT)
+
+
+def _dimmed(image: Image.Image, seen: np.ndarray) -> Image.Image:
     light = Image.fromarray(np.uint8(255 * (_DIM + (1 - _DIM) * seen))).resize(
         image.size, Image.Resampling.NEAREST
     )
     pixels = np.asarray(image, dtype=np.float32) * (np.asarray(light, dtype=np.float32)[..., None] / 255)
     return Image.fromarray(pixels.astype(np.uint8))
-
-
-def _save_panels(path: Path, panels: list[tuple[Image.Image, Any, str]], title: str) -> None:
-    # The object interface: pyplot would keep global state and look for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    width, height = panels[0][0].size
-    figure = Figure(figsize=(3.6 * len(panels), 3.6 * min(2.0, height / width) + 0.9), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13, parse_math=False)
-    for axes, (image, heat, caption) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        grey = image.convert("L") if heat is not None else image
-        axes.imshow(grey, cmap="gray", extent=(0, width, height, 0))
-        if heat is not None:
-            axes.imshow(
-                heat, cmap="inferno", alpha=0.65, extent=(0, width, height, 0), interpolation="nearest"
-            )
-        axes.set_title(caption, fontsize=10, parse_math=False)
-        axes.set_axis_off()
-    with whole_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sgl_runtime.families.base import grid_cells
-from sgl_runtime.pictures import save_guidance, token_maps
+from sgl_runtime.pictures import Panel, draw_panels, save_guidance, token_maps
 
 SIDE = 384
 
@@ -72,15 +72,36 @@ def test_dropped_patches_are_dimmed(tmp_path: Path) -> None:
     mass = np.zeros(16)
     mass[0] = 1.0
     maps = token_maps(mass, grid_cells(4, 4).numpy())
-    save_guidance(path, white, maps, maps, title="what is $this", note="one kept")
+    save_guidance(path, draw_panels(white, maps, maps, "one kept"), title="what is $this")
     picture = np.asarray(Image.open(path).convert("L")).astype(float)
     third = picture[int(picture.shape[0] * 0.35) : -8, int(picture.shape[1] * 0.69) : -8]
     assert ((third > 40) & (third < 80)).mean() > 0.6  # 15 of 16 patches at 22 % of white
     assert list(tmp_path.rglob("*.partial")) == []
 
 
+def test_panels_show_the_mass_and_what_is_kept() -> None:
+    """Brightest where the most attention went; kept patches as they are, dropped ones at 22 %."""
+    grey = Image.new("RGB", (64, 32), (100, 100, 100))
+    values = np.zeros(16)
+    values[[3, 9]] = 2.0, 1.0
+    heat, kept = (token_maps(each, grid_cells(4, 4).numpy()) for each in (values, values > 1))
+    image, heated, dimmed = draw_panels(grey, heat, kept, "one kept")
+    assert [panel.image.size for panel in (image, heated, dimmed)] == [(768, 384)] * 3
+    assert [panel.caption for panel in (image, heated, dimmed)] == [
+        "image",
+        "attention received in the small VLM",
+        "one kept",
+    ]
+    ends = {0.0: (0, 0, 4), 1.0: (252, 255, 164)}  # of inferno
+    for value, (x, y) in {0.0: (96, 48), 1.0: (672, 48)}.items():
+        expected = [0.65 * colour + 0.35 * 100 for colour in ends[value]]
+        assert heated.image.getpixel((x, y)) == pytest.approx(expected, abs=2)
+    assert dimmed.image.getpixel((672, 48)) == (100, 100, 100)
+    assert dimmed.image.getpixel((288, 240)) == pytest.approx((22, 22, 22), abs=1)
+
+
 def test_a_failed_picture_leaves_no_file(tmp_path: Path) -> None:
-    broken = [np.zeros((4, 4, 7))]
+    panels = [Panel(Image.new("RGB", (8, 8)), "a"), Panel(np.zeros((4, 4, 7)), "b")]
     with pytest.raises(TypeError, match="Invalid shape"):
-        save_guidance(tmp_path / "p.png", Image.new("RGB", (8, 8)), broken, [], title="", note="")
+        save_guidance(tmp_path / "p.png", panels, title="")
     assert list(tmp_path.iterdir()) == []
