@@ -104,18 +104,22 @@ class SGLPipeline:
         small_processor: Processor | None = None,
         large_processor: Processor | None = None,
         worker: Worker | None = None,
+        translate: Callable[[list[int]], list[int]] | None = None,
     ) -> None:
         self.config = config
         self.small_processor = small_processor
         self.large_processor = large_processor
         self._worker = Worker(large.model.device) if worker is None else worker
+        if translate is None:
+            translate = _translator(small_processor, large_processor, large.model.eos_ids)
+        self._translate = translate
         compiled = config.compile is True or (config.compile == "auto" and large.model.device.type == "cuda")
         self._runner = Runner(
             small.with_compiled(compiled),
             large.with_compiled(compiled),
             config,
             self._worker,
-            _translator(small_processor, large_processor, large.model.eos_ids),
+            translate,
         )
         self.prune_layer = self._runner.prune_layer
 
@@ -211,6 +215,7 @@ class SGLPipeline:
             small_processor=self.small_processor,
             large_processor=self.large_processor,
             worker=self._worker,
+            translate=self._translate,
         )
 
     def warm_up(self) -> None:
