@@ -41,7 +41,7 @@ tiny: $(VENV)/.installed
 	$(TRAIN) large vision --steps 5000 --lr 1.2e-3
 	$(TRAIN) large language --steps 17500 --batch 8 --lr 1.2e-3 --compile --visual-tokens 40
 	$(TRAIN) large language --steps 17900 --batch 8 --lr 2.5e-3 --compile
-	$(BIN)/python -m sgl_runtime.tiny.evaluate --small runs/tiny/small --large runs/tiny/large
+	$(BIN)/python -m benchmarks.tiny_quality --small runs/tiny/small --large runs/tiny/large
 
 clean:
 	rm -rf $(VENV) build *.egg-info sgl_kernels/*.so

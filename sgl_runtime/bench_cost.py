@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from sgl_runtime import config as settings_of
 from sgl_runtime.config import SGLConfig, num_kept
 
 
@@ -50,12 +49,6 @@ def speedup_bounds(
     pruned = vision + prefill_flops(large, rows, prune_layer=layer, kept_rows=kept)
     guide = vision_flops(small, tiles) + prefill_flops(small, rows)
     return {"series": unpruned / (pruned + guide), "hidden": unpruned / pruned}
-
-
-def token_ratio(config: Any, settings: SGLConfig) -> float:
-    """Average share of visual tokens over the layers of the large VLM."""
-    layers = config.text_config.num_hidden_layers
-    return settings_of.token_ratio(layers, settings.layer_of(layers), settings.keep_ratio)
 
 
 def decode_bytes(config: Any, slots: float, element_size: int, *, batch: int = 1) -> float:

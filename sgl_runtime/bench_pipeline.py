@@ -25,11 +25,11 @@ import sgl_kernels
 from sgl_kernels.bench.timing import ceilings
 from sgl_runtime import bench_pairs, checkpoints, hf
 from sgl_runtime.attention import attention_backend
-from sgl_runtime.bench_cost import speedup_bounds, token_ratio
+from sgl_runtime.bench_cost import speedup_bounds
 from sgl_runtime.bench_pairs import Pair
 from sgl_runtime.bench_report import differences, targets, to_row
 from sgl_runtime.clock import Clock
-from sgl_runtime.config import SGLConfig, num_kept
+from sgl_runtime.config import SGLConfig, num_kept, token_ratio
 from sgl_runtime.errors import ConfigError
 from sgl_runtime.memory import bucket
 from sgl_runtime.pipeline import SGLPipeline
@@ -109,6 +109,7 @@ def run_by_batch(task: Task) -> Iterator[dict[str, Any]]:
     pair = bench_pairs.make_pair(task.pair, device, dtype, max(task.batches))
     text_tokens = _longest(pair) - _visual(pair)
     settings = SGLConfig(keep_ratio=task.keep_ratio, prune_layer=task.keep_ratio)
+    layers = pair.large.config.text_config.num_hidden_layers
     document: dict[str, Any] = {
         "environment": {
             **sgl_kernels.collect_env(),
@@ -119,7 +120,7 @@ def run_by_batch(task: Task) -> Iterator[dict[str, Any]]:
         "ceilings": dataclasses.asdict(limit),
         "task": dataclasses.asdict(task),
         "pair": _describe(pair),
-        "token_ratio": token_ratio(pair.large.config, settings),
+        "token_ratio": token_ratio(layers, settings.layer_of(layers), settings.keep_ratio),
         "bounds": speedup_bounds(pair.small.config, pair.large.config, _tiles(pair), text_tokens, settings),
         "results": [],
         "differences": [],

@@ -36,6 +36,11 @@ def evaluate(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave broken rows out.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
     batch: Annotated[int, typer.Option(help="Examples that go through the VLMs together.")] = 1,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Check the promise of this file, of `sgl-vlm calibrate`, on these examples."),
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=0, help="Heat maps in the report; half of what was lost.")] = 4,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
@@ -45,11 +50,16 @@ def evaluate(
     from sgl_runtime.config import SGLConfig
     from sgl_runtime.evaluation import data as data_sets
     from sgl_runtime.evaluation import report, results
+    from sgl_runtime.evaluation.calibration import read_calibration
+    from sgl_runtime.evaluation.examples import draw_examples
     from sgl_runtime.evaluation.methods import make_methods
     from sgl_runtime.evaluation.rankings import find_ranking
     from sgl_runtime.pipeline import SGLPipeline
 
-    settings = [_setting(text) for text in setting or ["0.4@0.4", "0.2@0.2", "0.05@0.05"]]
+    promise = None if calibration is None else read_calibration(calibration)
+    settings = [read_setting(text) for text in setting or ["0.4@0.4", "0.2@0.2", "0.05@0.05"]]
+    if promise is not None and promise.keep_ratio < 1:
+        settings.append((promise.keep_ratio, promise.prune_layer))
     rankings = [find_ranking(name) for name in ranking or ["guided", "oracle", "fastv", "random"]]
     drawn = seed if limit is not None else None
     dataset = data_sets.load(
@@ -69,7 +79,8 @@ def evaluate(
     file = out / "results.jsonl"
     found = results.run(pipe, dataset, methods, file, checkpoints=(small, large), seed=seed)
     rows = results.table(found, dataset)
-    page = report.write_report(found, out, dataset=dataset)
+    examples = draw_examples(pipe, dataset, found, out / "examples", pictures)
+    page = report.write_report(found, out, dataset=dataset, examples=examples, calibration=promise)
     typer.echo(json.dumps({"table": rows, "errors": found.errors}) if as_json else results.markdown(rows))
     if not as_json:
         for number, error in list(found.errors.items())[:10]:
@@ -101,7 +112,7 @@ def calibrate(
     from sgl_runtime.evaluation import calibrating
     from sgl_runtime.evaluation import results as stored
 
-    chosen = None if setting is None else _setting(setting)
+    chosen = None if setting is None else read_setting(setting)
     found = calibrating.calibrate(
         stored.load(results),
         alpha=alpha,
@@ -119,6 +130,8 @@ def calibrate(
         typer.echo(f"  {found.note}")
     unpruned = found.calibration.measured["seconds_large_unpruned"]
     typer.echo(f"The large VLM alone, unpruned: {unpruned:.4f} s a request.")
+    if found.candidates[0].seconds >= unpruned:
+        typer.echo("  Nothing that keeps the promise is faster than that, without drafts and overlap.")
     typer.echo(f"Written, the first: {out}. SGLConfig.from_file({str(out)!r}) reads it.")
 
 
@@ -132,7 +145,8 @@ def _told(candidate: Candidate) -> str:
     )
 
 
-def _setting(text: str) -> tuple[float, int | float]:
+def read_setting(text: str) -> tuple[float, int | float]:
+    """Return keep ratio and prune layer of a text as "0.2@0.2" or "0.05@0"; ConfigError for others."""
     from sgl_runtime.config import read_prune_layer
 
     keep, at, layer = text.partition("@")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sgl_runtime.config import SGLConfig
+from sgl_runtime.config import SGLConfig, token_ratio
 from sgl_runtime.errors import ConfigError
 from sgl_runtime.evaluation.data import DataSet, Example
 from sgl_runtime.evaluation.intervals import bootstrap, bootstrap_difference
@@ -64,7 +64,7 @@ def summarize(
     examples = _examples(results, dataset)
     rows = _methods(results, by_key, dataset)
     scored = METRICS[results.header["data set"]["metric"]].automatic
-    routed = _routed(rows, routed_to)
+    routed = _routed(rows, routed_to or guided_key(results))
     lost: list[Row] = []
     exits = front = None
     if scored and routed is not None:
@@ -101,6 +101,15 @@ def method_label(row: Row) -> str:
     if row["token_ratio"] is None:
         return names.get(name, name)
     return f"{name} at {100 * row['token_ratio']:.0f} %"
+
+
+def guided_key(results: Results) -> Key | None:
+    """Return "guided" at the setting whose token ratio is nearest to the default `SGLConfig`'s, if any."""
+    layers, default = results.header["pair"]["large"]["layers"], SGLConfig()
+    ratio = token_ratio(layers, default.layer_of(layers), default.keep_ratio)
+    settings = {(row["keep_ratio"], row["prune_layer"]) for row in results.rows if row["method"] == "guided"}
+    found = min(settings, key=lambda at: (abs(token_ratio(layers, at[1], at[0]) - ratio), at), default=None)
+    return None if found is None else ("guided", *found)
 
 
 def _by_key(results: Results) -> dict[Key, dict[str, Row]]:
@@ -150,16 +159,9 @@ def _methods(results: Results, by_key: dict[Key, dict[str, Row]], dataset: DataS
 
 def _routed(rows: list[Row], wanted: Key | None) -> Row | None:
     keys = {(row["method"], row["keep_ratio"], row["prune_layer"]): row for row in rows}
-    if wanted is not None:
-        if wanted not in keys:
-            raise ConfigError(
-                f"The results have no answers of {wanted}; there are: {', '.join(map(str, keys))}."
-            )
-        return keys[wanted]
-    guided = [row for row in rows if row["method"] == "guided"]
-    default = SGLConfig()
-    ratio = float(default.prune_layer) + (1 - float(default.prune_layer)) * default.keep_ratio
-    return min(guided, key=lambda row: abs(row["token_ratio"] - ratio), default=None)
+    if wanted is not None and wanted not in keys:
+        raise ConfigError(f"The results have no answers of {wanted}; there are: {', '.join(map(str, keys))}.")
+    return None if wanted is None else keys[wanted]
 
 
 def _exits(

@@ -19,7 +19,7 @@ QUESTIONS_PER_SCENE = 4
 
 
 def export(split: str, scenes: int, out: Path) -> Path:
-    """Write the first ``scenes`` of ``split`` as PNGs and questions.jsonl; return the latter."""
+    """Write the first ``scenes`` of ``split`` as PNGs and a JSONL of questions; return the latter."""
     lines = []
     for index in range(scenes):
         scene = make_scene(split, index, QUESTIONS_PER_SCENE)
@@ -28,7 +28,7 @@ def export(split: str, scenes: int, out: Path) -> Path:
             scene.image.save(partial, format="PNG")
         for number, question in enumerate(scene.questions):
             row = {"id": f"{index}-{number}", "image": name, "question": question.text}
-            lines.append(json.dumps({**row, "answer": question.answer}))
+            lines.append(json.dumps({**row, "answer": question.answer, "category": question.kind}))
     file = out / "questions.jsonl"
     with whole_file(file) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")

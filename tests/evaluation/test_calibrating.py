@@ -12,7 +12,7 @@ import pytest
 
 from sgl_runtime import SGLConfig, SGLPipeline, tiny
 from sgl_runtime.errors import ConfigError, SGLError
-from sgl_runtime.evaluation.calibrating import calibrate
+from sgl_runtime.evaluation.calibrating import calibrate, check
 from sgl_runtime.evaluation.calibration import choose_calls, choose_threshold
 from sgl_runtime.evaluation.results import Results
 from sgl_runtime.fingerprint import checkpoint_fingerprint
@@ -20,11 +20,13 @@ from sgl_runtime.fingerprint import checkpoint_fingerprint
 COUNT = 600
 
 
-def make_results(fingerprints: tuple[str, str] = ("a" * 64, "b" * 64)) -> Results:
+def make_results(
+    fingerprints: tuple[str, str] = ("a" * 64, "b" * 64), seed: int = 0, count: int = COUNT
+) -> Results:
     """A small VLM that is right where it is sure, a large one that is right more often, and pruning."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
-    for i in range(COUNT):
+    for i in range(count):
         sure = rng.random()
         scores = {
             ("small", None, None): float(rng.random() < sure**0.2),
@@ -183,6 +185,45 @@ def test_a_budget_of_calls() -> None:
     chosen, _ = run(results, calls=0.5)  # half of delta for the choice of pruning
     assert (chosen.keep_ratio, chosen.prune_layer) == (0.5, 4)
     assert chosen.exit_threshold == choose_calls(decision, calls=0.5, delta=0.05, groups=groups).threshold
+
+
+@pytest.mark.parametrize("changes", [{}, {"reference": "large", "alpha": 0.3}, {"calls": 0.4}])
+def test_a_promise_is_checked_on_other_examples(changes: dict[str, Any]) -> None:
+    results = make_results()
+    made, _ = run(results, setting=(0.5, 4), **changes)
+    others = make_results(seed=1)
+    others.header["data set"]["sha256"] = "d" * 64
+    small, large, guided = (
+        arrays(others, key, "prediction" if "reference" in changes else "score")
+        for key in (("small", None, None), ("large", None, None), ("guided", 0.5, 4))
+    )
+    exited = arrays(others, ("small", None, None), "decision_score") >= made.exit_threshold
+    answers = np.where(exited, small, guided)
+    promised = {"accuracy": lambda: large - answers, "agreement": lambda: (large != answers).astype(float)}
+    expected = promised.get(made.promise, lambda: 1.0 - exited)()
+    found = check(others, made)
+    assert found["mean"] == pytest.approx(expected.mean())  # images have two questions each
+    assert found["low"] < found["mean"] < found["high"]
+    assert found["exit_share"] == pytest.approx(exited.mean())
+    assert found["kept"] == (expected.mean() <= made.alpha)
+    assert (found["routed_to"], found["groups"]) == (("guided", 0.5, 4), COUNT // 2)
+    assert (found["same_pair"], found["same_data"]) == (True, False)
+    assert check(results, made)["same_data"]
+    assert not check(make_results(("a" * 64, "x" * 64)), made)["same_pair"]
+
+
+def test_a_promise_is_kept_for_whatever_is_chosen() -> None:
+    """Over draws from one distribution, whose true losses are known: broken at most delta of the time."""
+    generator, alpha, delta, broken = np.random.default_rng(5), 0.1, 0.2, 0
+    draws = 200
+    for _ in range(draws):
+        results = make_results(seed=int(generator.integers(1 << 30)), count=300)
+        made = search(results, alpha=alpha, delta=delta).calibration
+        kept = 0.95 if made.keep_ratio in (0.5, 1.0) else 0.6
+        threshold = 1.0 if made.exit_threshold is None else made.exit_threshold
+        exits = (1 - threshold**1.2) / 1.2  # the integral of sure ** 0.2 over those that exit
+        broken += 0.95 - (exits + threshold * kept) > alpha
+    assert broken <= delta * draws
 
 
 @pytest.mark.parametrize(

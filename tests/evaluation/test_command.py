@@ -12,7 +12,7 @@ from sgl_runtime import SGLConfig, tiny
 from sgl_runtime.cli import app
 from sgl_runtime.errors import ConfigError
 from sgl_runtime.evaluation import results
-from sgl_runtime.evaluation.cli import _setting
+from sgl_runtime.evaluation.cli import read_setting
 from sgl_runtime.tiny.export import export
 
 SCENES = 3
@@ -77,4 +77,4 @@ def test_calibrate(out: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["0.2", "0.2@", "a@1", "0.2@x"])
 def test_settings_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="KEEP_RATIO@PRUNE_LAYER"):
-        _setting(text)
+        read_setting(text)

@@ -10,9 +10,14 @@ import torch
 from transformers import InternVLForConditionalGeneration
 
 from sgl_runtime import SGLConfig, SGLPipeline, tiny
-from sgl_runtime.tiny import evaluate
+from sgl_runtime.evaluation.data import load
+from sgl_runtime.evaluation.methods import Key, make_methods
+from sgl_runtime.evaluation.rankings import RANKINGS, fastv_ranking
+from sgl_runtime.evaluation.results import load as load_results
+from sgl_runtime.evaluation.results import run
+from sgl_runtime.tiny.export import export
 
-SCENES = range(30)
+SCENES = 30
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +26,21 @@ def pipe() -> SGLPipeline:
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict[str, Any]]:
-    return evaluate.collect(tiny.SMALL, tiny.LARGE, "calibration", SCENES, workers=2)
+def rows(pipe: SGLPipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[Key, list[dict[str, Any]]]:
+    """Answers by method, of questions in one order."""
+    folder = tmp_path_factory.mktemp("scenes")
+    dataset = load(export("calibration", SCENES, folder))
+    methods = make_methods([RANKINGS["guided"], RANKINGS["random"]], [(0.2, 2), (0.09, 0)], 10)
+    run(pipe, dataset, methods, folder / "results.jsonl", checkpoints=(tiny.SMALL, tiny.LARGE), batch=8)
+    found: dict[Key, list[dict[str, Any]]] = {}
+    for row in load_results(folder / "results.jsonl").rows:
+        found.setdefault((row["method"], row["keep_ratio"], row["prune_layer"]), []).append(row)
+    return found
 
 
-def accuracy(rows: list[dict[str, Any]], name: str) -> float:
-    return float(np.mean([row[name] == row["truth"] for row in rows]))
+def accuracy(rows: list[dict[str, Any]]) -> float:
+    assert len(rows) == 4 * SCENES
+    return float(np.mean([row["score"] for row in rows]))
 
 
 def test_weights_are_small_and_safe() -> None:
@@ -36,18 +50,20 @@ def test_weights_are_small_and_safe() -> None:
 
 
 @pytest.mark.slow
-def test_guidance_keeps_the_answer_where_chance_loses_it(rows: list[dict[str, Any]]) -> None:
-    large = accuracy(rows, "large")
-    assert large > accuracy(rows, "small")
-    assert accuracy(rows, "guided 36 %") > large - 0.05
-    assert accuracy(rows, "guided 9 %") > accuracy(rows, "random 9 %") + 0.2
+def test_guidance_keeps_the_answer_where_chance_loses_it(rows: dict[Key, list[dict[str, Any]]]) -> None:
+    large = accuracy(rows["large", None, None])
+    assert large > accuracy(rows["small", None, None])
+    assert accuracy(rows["guided", 0.2, 2]) > large - 0.05
+    assert accuracy(rows["guided", 0.09, 0]) > accuracy(rows["random", 0.09, 0]) + 0.2
 
 
 @pytest.mark.slow
-def test_decision_score_tells_right_from_wrong(rows: list[dict[str, Any]]) -> None:
+def test_decision_score_tells_right_from_wrong(rows: dict[Key, list[dict[str, Any]]]) -> None:
     """Area under the ROC curve: the chance that a right small answer scores above a wrong one."""
-    right = [row["score"] for row in rows if row["small"] == row["truth"]]
-    wrong = [row["score"] for row in rows if row["small"] != row["truth"]]
+    small = rows["small", None, None]
+    right, wrong = (
+        [row["decision_score"] for row in small if row["score"] == is_right] for is_right in (1, 0)
+    )
     assert wrong
     assert np.mean([a > b for a in right for b in wrong]) > 0.7
 
@@ -63,19 +79,5 @@ def test_fastv_ranking_is_the_last_rows_attention(pipe: SGLPipeline) -> None:
     visual = request.prompt.visual_index[0].long()
     for layer in (0, 1, 2):
         expected = attentions[max(layer - 1, 0)][0, :, -1, visual].sum(0)
-        got = evaluate.fastv_ranking(pipe.large, request, layer)[0]
+        got = fastv_ranking(pipe.large, request, layer)[0]
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_exit_curve_routes_by_score() -> None:
-    """Ten questions, the five surest of them right: exits cost nothing up to one half."""
-    guided = f"guided {evaluate.EXIT_SETTING}"
-    rows = [
-        {"scene": i, "truth": "a", "small": "a" if i < 5 else "b", guided: "a", "score": 1 - i / 10}
-        for i in range(10)
-    ]
-    points = {point["share"]: point for point in evaluate.exit_curve(rows)}
-    assert points[0.5]["early exit"][0] == 1.0
-    assert points[0.5]["random routing"][0] == pytest.approx(0.75)
-    assert points[0.9]["early exit"][0] == pytest.approx(0.6)
-    assert points[0.5]["threshold"] == pytest.approx(0.6)
