@@ -1,4 +1,4 @@
-# make demo | test | test-matrix | bench | lint | cuda-check | tiny | clean.
+# make demo | test | test-matrix | test-plugins | bench | lint | cuda-check | tiny | clean.
 # Each sets up $(VENV) by itself; the second time is quick.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-matrix bench lint cuda-check tiny clean
+.PHONY: demo test test-matrix test-plugins bench lint cuda-check tiny clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sgl-vlm demo
@@ -19,6 +19,10 @@ test: $(VENV)/.dev lint
 # For every night: the runtime's tests with the oldest and the newest transformers. Gigabytes of torch the first time.
 test-matrix: $(VENV)/.dev
 	PYTHON=$(PYTHON) TORCH="$(TORCH)" .ci/matrix
+
+# The plugins beside the real lmms-eval and the real VLMEvalKit. Gigabytes the first time.
+test-plugins: $(VENV)/.dev
+	PYTHON=$(PYTHON) TORCH="$(TORCH)" .ci/plugins
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.cpu_ops --out benchmarks/results
