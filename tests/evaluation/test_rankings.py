@@ -170,6 +170,24 @@ def test_a_users_ranking_in_ten_lines(
     assert code_of(ranking) != before
 
 
+def test_the_example_keeps_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    pipe = SGLPipeline.from_pretrained(tiny.SMALL, tiny.LARGE, config=SGLConfig(max_new_tokens=8))
+    assert pipe.small_processor is not None
+    assert pipe.large_processor is not None
+    inputs = [
+        processor(tiny.samples()[0]["image"], "read the red circle")
+        for processor in (pipe.small_processor, pipe.large_processor)
+    ]
+    prompts = [(pipe.small.prompt(inputs[0]), pipe.large.prompt(inputs[1]))]
+    got = rank(find_ranking("examples.centre_ranking:Centre"), Context(Batch(pipe, prompts, [0]), 0, 2))
+    side = torch.arange(16) + 0.5 - 8
+    expected = -(side[:, None] ** 2 + side**2).sqrt().flatten()[None] / 16
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
