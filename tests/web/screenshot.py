@@ -29,8 +29,10 @@ def main() -> None:
         page.get(address)
         picture = asked(page)
     with whole_file(arguments.out) as partial:
-        # 256 colours: a third of the size, and nothing is lost that one would see.
-        picture.quantize(256, Image.Quantize.MEDIANCUT).save(partial, format="PNG", optimize=True)
+        # 256 colours are half of the bytes; this method keeps those of small areas, the bars' among them.
+        picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
+            partial, format="PNG", optimize=True
+        )
 
 
 def asked(page: Any) -> Image.Image:
