@@ -81,8 +81,10 @@ def evaluate(
     rows = results.table(found, dataset)
     examples = draw_examples(pipe, dataset, found, out / "examples", pictures)
     page = report.write_report(found, out, dataset=dataset, examples=examples, calibration=promise)
-    typer.echo(json.dumps({"table": rows, "errors": found.errors}) if as_json else results.markdown(rows))
-    if not as_json:
+    if as_json:
+        typer.echo(json.dumps({"table": rows, "errors": found.errors}))
+    else:
+        typer.echo(results.markdown(rows, dataset.metric))
         for number, error in list(found.errors.items())[:10]:
             typer.echo(f"No answer: {number}: {error}", err=True)
         typer.echo(f"{len(found.errors)} without answer. Written: {file}, {page}")

@@ -35,6 +35,7 @@ class Metric:
     summary : what is not the mean over all examples, by name: means per ``extra["category"]``, MME's scores
     suffix : what the benchmark asks with; the prompt is ``question + suffix``
     automatic : False where a judge is needed: predictions can be stored, `score` raises
+    shares : whether the numbers of ``summary`` are shares, shown in percent; MME's are points
     """
 
     score: Callable[[str, Example], float]
@@ -42,6 +43,7 @@ class Metric:
     summary: Callable[[Sequence[float], Sequence[Example]], dict[str, float]]
     suffix: str = ""
     automatic: bool = True
+    shares: bool = True
 
 
 def _text(text: str) -> str:
@@ -392,7 +394,7 @@ METRICS: dict[str, Metric] = {
     "relaxed": Metric(relaxed_accuracy, _needs_answer, category_means, _SHORT),
     "gqa": Metric(gqa, _needs_answer, category_means, _SHORT),
     "multiple_choice": Metric(multiple_choice, _needs_choices, choice_summary, _LETTER),
-    "mme": Metric(mme, _needs_yes_or_no, mme_scores, _SHORT),
+    "mme": Metric(mme, _needs_yes_or_no, mme_scores, _SHORT, shares=False),
     "box": Metric(box_accuracy, _needs_box, category_means),
     "judge": Metric(_judged, lambda example: None, lambda scores, examples: {}, automatic=False),
 }

@@ -16,6 +16,7 @@ from sgl_runtime.evaluation import plots
 from sgl_runtime.evaluation.calibrating import check
 from sgl_runtime.evaluation.calibration import Calibration
 from sgl_runtime.evaluation.data import DataSet
+from sgl_runtime.evaluation.metrics import METRICS
 from sgl_runtime.evaluation.page import render
 from sgl_runtime.evaluation.results import Results, Row
 from sgl_runtime.evaluation.summary import method_label, summarize
@@ -213,11 +214,11 @@ def _worse_than_small(methods: Sequence[Row]) -> str:
 
 
 def _categories(summary: dict[str, Any]) -> list[Section]:
-    methods, metric = summary["methods"], summary["header"]["data set"]["metric"]
+    methods, metric = summary["methods"], METRICS[summary["header"]["data set"]["metric"]]
     names = list(dict.fromkeys(name for row in methods for name in row["summary"]))
     if not names:
         return []
-    scale = 1 if metric == "mme" else 100
+    scale = 100 if metric.shares else 1
     rows = [
         [
             method_label(row),
@@ -225,7 +226,7 @@ def _categories(summary: dict[str, Any]) -> list[Section]:
         ]
         for row in methods
     ]
-    title = "MME scores" if metric == "mme" else "Scores by category, %"
+    title = "Scores by category, %" if metric.shares else "Scores of the benchmark"
     return [Section(title, ["answered by", *names], ["", *["number"] * len(names)], rows)]
 
 

@@ -233,8 +233,9 @@ def table(results: Results, dataset: DataSet | None = None) -> list[Row]:
     return found
 
 
-def markdown(rows: list[Row]) -> str:
-    """Return the rows of `table` as a Markdown table; scores in percent."""
+def markdown(rows: list[Row], metric: str) -> str:
+    """Return the rows of `table` as a Markdown table; shares in percent."""
+    scale = 100 if METRICS[metric].shares else 1
     summaries = list(dict.fromkeys(name for row in rows for name in row["summary"]))
     titles = [
         "method",
@@ -259,7 +260,10 @@ def markdown(rows: list[Row]) -> str:
                 str(row["count"]),
                 "" if mean is None else f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
                 f"{row['seconds']:.3f}",
-                *(f"{row['summary'][name]:.1f}" if name in row["summary"] else "" for name in summaries),
+                *(
+                    f"{scale * row['summary'][name]:.1f}" if name in row["summary"] else ""
+                    for name in summaries
+                ),
             ]
         )
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

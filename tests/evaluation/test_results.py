@@ -347,13 +347,16 @@ def test_table_and_its_markdown(
         assert row["summary"]["odd"] == pytest.approx(sum(scores[1::2]) / 3)
         assert (row["seconds"], row["stages"]) == (0.25, STAGES)
     assert [row["token_ratio"] for row in rows] == pytest.approx([None, None, 0.36, 0.1, 0.36, 0.1])
-    lines = markdown(rows).splitlines()
+    lines = markdown(rows, "exact").splitlines()
     assert len(lines) == 2 + len(rows)
     assert lines[0].startswith(
         "| method | keep ratio | prune layer | token ratio | examples | score | seconds |"
     )
     assert lines[4].startswith("| guided | 0.2 | 2 | 36 % | 7 | ")
     assert f"{100 * rows[2]['mean']:.1f} [" in lines[4]
+    odd, even = (100 * rows[2]["summary"][name] for name in ("odd", "even"))
+    assert f"| {even:.1f} | {odd:.1f} |" in lines[4]
+    assert f"| {even / 100:.1f} | {odd / 100:.1f} |" in markdown(rows, "mme").splitlines()[4]
 
 
 def test_answers_that_need_a_judge_are_stored(
@@ -362,7 +365,7 @@ def test_answers_that_need_a_judge_are_stored(
     found = go(pipe, replace(dataset, metric="judge"), tmp_path / "results.jsonl", monkeypatch)
     assert {row["score"] for row in found.rows} == {None}
     assert {row["mean"] for row in table(found)} == {None}
-    assert "| small |  |  |  | 7 |  | 0.250 |" in markdown(table(found))
+    assert "| small |  |  |  | 7 |  | 0.250 |" in markdown(table(found), "judge")
 
 
 def test_a_killed_run_gives_the_same_table(pipe: SGLPipeline, tmp_path: Path) -> None:
