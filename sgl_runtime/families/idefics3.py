@@ -13,7 +13,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from sgl_runtime.checkpoints import first_line
+from sgl_runtime.checkpoints import as_checkpoint_error
 from sgl_runtime.errors import CheckpointError, PromptError
 from sgl_runtime.families.base import (
     Family,
@@ -255,11 +255,9 @@ def _image_processor(**settings: Any) -> Any:
     """Return Idefics3's image processor in its PIL form: it needs no torchvision. SmolVLM's is the same."""
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-    try:
+    with as_checkpoint_error("The image settings do not work"):
         processor: Any = Idefics3ImageProcessorPil(**settings)
         processor(images=[[PILImage.new("RGB", (8, 8))]])
-    except Exception as error:  # whatever wrong settings make it raise
-        raise CheckpointError(f"The image settings do not work ({first_line(error)}).") from error
     return processor
 
 

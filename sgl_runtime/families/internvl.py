@@ -9,7 +9,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from sgl_runtime.checkpoints import first_line
+from sgl_runtime.checkpoints import as_checkpoint_error
 from sgl_runtime.errors import CheckpointError, PromptError
 from sgl_runtime.families.base import (
     Family,
@@ -145,11 +145,9 @@ def image_processor(**settings: Any) -> Any:
     """Return InternVL's image processor in its PIL form, the one that needs no torchvision."""
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-    try:
+    with as_checkpoint_error("The image settings do not work"):
         processor = GotOcr2ImageProcessorPil(**settings)
         processor(images=PILImage.new("RGB", (8, 8)))
-    except Exception as error:  # whatever wrong settings make it raise
-        raise CheckpointError(f"The image settings do not work ({first_line(error)}).") from error
     return processor
 
 

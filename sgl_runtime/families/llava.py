@@ -10,7 +10,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from sgl_runtime.checkpoints import first_line
+from sgl_runtime.checkpoints import as_checkpoint_error
 from sgl_runtime.errors import CheckpointError, ImageError, PromptError
 from sgl_runtime.families.anyres import Layout, Tower, cells_between, shares
 from sgl_runtime.families.base import (
@@ -294,11 +294,9 @@ def pil_processor(settings: Mapping[str, Any], kinds: Sequence[str], tower: Towe
     import transformers
 
     chosen = {name: settings[name] for name in _PIXEL_SETTINGS if settings.get(name) is not None}
-    try:
+    with as_checkpoint_error("The image settings do not work"):
         processor = getattr(transformers, f"{kind}Pil")(**chosen)
         made = processor(images=PILImage.new("RGB", (16, 8)), return_tensors="pt")["pixel_values"]
-    except Exception as error:  # whatever wrong settings make it raise
-        raise CheckpointError(f"The image settings do not work ({first_line(error)}).") from error
     if tuple(made.shape[-2:]) != (tower.size, tower.size):
         raise CheckpointError(
             f"The image settings make crops of {made.shape[-2]} x {made.shape[-1]} pixels, the model takes "

@@ -14,7 +14,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from sgl_runtime.checkpoints import first_line
+from sgl_runtime.checkpoints import as_checkpoint_error, first_line
 from sgl_runtime.errors import CheckpointError, ImageError, PromptError
 from sgl_runtime.families.base import (
     Family,
@@ -60,11 +60,9 @@ class QwenVLPreprocessor(Preprocessor):
         need(settings, "patch_size", "merge_size", "temporal_patch_size")
         assert isinstance(family, QwenVL)
         chosen = {name: settings[name] for name in _SETTINGS if settings.get(name) is not None}
-        try:
+        with as_checkpoint_error("The image settings do not work"):
             self.processor: Any = Qwen2VLImageProcessorPil(**chosen)
             self.processor(images=PILImage.new("RGB", (64, 64)))
-        except Exception as error:  # whatever wrong settings make it raise
-            raise CheckpointError(f"The image settings do not work ({first_line(error)}).") from error
         vision = family.config.vision_config
         for name, ours in (
             ("patch_size", vision.patch_size),
