@@ -33,6 +33,15 @@ from sgl_runtime.tiny.export import export
 SETTINGS = ("0.4@4", "0.2@2", "0.09@0", "0.05@0")
 RANKINGS = ("guided", "oracle", "fastv", "random")
 ABLATIONS = ("prompt-rows", "generated-rows", "last-prompt-token")
+NAMES = {
+    "guided": "**the small VLM's mass (ours)**",
+    "oracle": "its own mass (oracle)",
+    "fastv": "FastV",
+    "random": "chance",
+    "prompt-rows": "ours, prompt rows only",
+    "generated-rows": "ours, generated rows only",
+    "last-prompt-token": "ours, last prompt token only",
+}
 ALPHAS = (0.01, 0.02, 0.03, 0.05)
 SHOWN = 0.02  # whose promise the report shows
 MAX_NEW_TOKENS = 8
@@ -74,6 +83,29 @@ def main(
     typer.echo(text)
     if out is not None:
         _keep(out, work, text, found, data["test"], files[SHOWN], took)
+
+
+def quality(methods: list[dict[str, Any]]) -> str:
+    """Return the README's table of scores, from the rows of report.json."""
+
+    def cells(name: str, ratio: str, row: dict[str, Any]) -> str:
+        mean, low, high = (f"{100 * row[key]:.1f}" for key in ("mean", "low", "high"))
+        lost = row["difference"]
+        difference = (
+            ""
+            if lost is None
+            else f"{100 * lost['mean']:+.1f} [{100 * lost['low']:+.1f}, {100 * lost['high']:+.1f}]"
+        )
+        return f"| {name} | {ratio} | {mean} [{low}, {high}] | {difference} |"
+
+    lines = ["| answered by | token ratio | accuracy | minus large, unpruned |", "| --- | --- | --- | --- |"]
+    alone = {row["method"]: row for row in methods if row["token_ratio"] is None}
+    lines += [cells("small alone", "", alone["small"]), cells("large, unpruned", "", alone["large"])]
+    pruned = [row for row in methods if row["token_ratio"] is not None]
+    for row in sorted(pruned, key=lambda row: -row["token_ratio"]):
+        name = NAMES.get(row["method"], row["method"])
+        lines.append(cells(f"large, ranked by {name}", f"{100 * row['token_ratio']:.0f} %", row))
+    return "\n".join(lines) + "\n"
 
 
 def promises(found: results.Results, files: dict[float, Path], took: float | None) -> str:
@@ -129,6 +161,7 @@ def _keep(
     shutil.copy(calibration, out / "calibration.json")
     where = {"environment": environment(), "minutes": took and round(took / 60, 2)}
     for name, content in (
+        ("quality.md", quality(json.loads((out / "report.json").read_text())["methods"])),
         ("promises.md", text),
         ("environment.json", json.dumps(where, indent=1, default=str) + "\n"),
         ("answers.jsonl", "".join(json.dumps(row) + "\n" for row in _answers(found, data))),
