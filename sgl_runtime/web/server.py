@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sgl_runtime.web.answering import Reply
 
 MAX_BYTES = 32 * 2**20  # of an upload
-_MAX_REQUESTS = 16  # at once; each may hold an upload in memory
+MAX_QUESTIONS = 16  # under way at once; each holds an upload in memory
 _PAGE = Path(__file__).parent / "page"
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -74,21 +74,21 @@ def serve(pipe: SGLPipeline, listener: socket.socket) -> None:
     """Serve the page on ``listener``, one question at a time, until interrupted; prints the address."""
     import uvicorn
 
-    example = tiny.samples()[0]  # the very first answer takes longer, and its times mean nothing
-    pipe.with_config(replace(pipe.config, exit_threshold=None))(example["image"], example["prompt"])
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
+    is_local = ipaddress.ip_address(host).is_loopback
     # Names of this machine alone: a foreign page whose name resolves to it must not reach the server.
-    hosts = ["localhost", host] if ipaddress.ip_address(host).is_loopback else ["*"]
+    hosts = ["localhost", shown] if is_local else ["*"]
     settings = uvicorn.Config(
         make_app(pipe, hosts),
         log_level="warning",
         access_log=False,
         server_header=False,
-        limit_concurrency=_MAX_REQUESTS,
         timeout_graceful_shutdown=5,
     )
     typer.echo(f"sgl-vlm demo: open http://{shown}:{port} (Ctrl-C ends it)")
+    if not is_local:
+        typer.echo("Whoever reaches this machine over the network can use it too.")
     try:
         uvicorn.Server(settings).run(sockets=[listener])
     except KeyboardInterrupt:
@@ -108,6 +108,7 @@ def make_app(pipe: SGLPipeline, hosts: list[str]) -> Starlette:
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import ClientDisconnect
     from starlette.responses import HTMLResponse, PlainTextResponse
     from starlette.routing import Route
 
@@ -115,6 +116,8 @@ def make_app(pipe: SGLPipeline, hosts: list[str]) -> Starlette:
 
     answer = Answering(pipe)
     turns = ThreadPoolExecutor(max_workers=1)  # the pipeline's memory serves one request at a time
+    turns.submit(_rehearse, pipe).result()  # in that very thread, which gets threads of its own for torch
+    places = asyncio.Semaphore(MAX_QUESTIONS)
     templates = _templates()
     examples = tiny.samples()
     page = templates.get_template("page.html").render(
@@ -130,12 +133,19 @@ def make_app(pipe: SGLPipeline, hosts: list[str]) -> Starlette:
         return _shown(templates, answer(data, fields))
 
     async def ask(request: Request) -> Response:
+        if places.locked():
+            return PlainTextResponse(
+                "Too many questions are waiting. Try again later.", 503, headers=_HEADERS
+            )
         try:
-            data = await _body(request)
-            loop = asyncio.get_running_loop()
-            shown = await loop.run_in_executor(turns, answered, data, request.query_params)
+            async with places:
+                data = await _body(request)
+                loop = asyncio.get_running_loop()
+                shown = await loop.run_in_executor(turns, answered, data, request.query_params)
         except SGLError as error:
             return PlainTextResponse(str(error), 400, headers=_HEADERS)
+        except ClientDisconnect:
+            return PlainTextResponse("", 400)  # for nobody
         return HTMLResponse(shown, headers=_HEADERS)
 
     routes = [
@@ -147,6 +157,12 @@ def make_app(pipe: SGLPipeline, hosts: list[str]) -> Starlette:
     for number, example in enumerate(examples):
         routes.append(_fixed(f"/examples/{number}", Path(example["image"]).read_bytes(), "image/png"))
     return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
+
+
+def _rehearse(pipe: SGLPipeline) -> None:
+    """Run both VLMs once: the very first answer takes longer, and its times mean nothing."""
+    example = tiny.samples()[0]
+    pipe.with_config(replace(pipe.config, exit_threshold=None))(example["image"], example["prompt"])
 
 
 def _shown(templates: Environment, reply: Reply) -> str:

@@ -6,6 +6,7 @@ import argparse
 import base64
 import io
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,16 @@ def main() -> None:
 
 
 def asked(page: Any) -> Image.Image:
-    """Click the first example, with the unpruned large VLM beside, and return all of the page."""
+    """Ask the first example, with the unpruned large VLM beside, and return all of the page."""
     from selenium.webdriver.support.ui import WebDriverWait
 
     page.find_element("name", "unpruned").click()
-    page.find_element("css selector", ".example").click()
-    WebDriverWait(page, 60).until(lambda page: page.find_elements("id", "stages"))
+    for _ in range(2):  # the second time the browser itself is done with starting
+        page.find_element("css selector", ".example").click()
+        WebDriverWait(page, 60).until(
+            lambda page: page.find_elements("css selector", "#result:not(.old) table")
+        )
+        time.sleep(2)
     size = {"width": 0, "height": 0, "deviceScaleFactor": 0, "mobile": False}
     size |= page.execute_script("return {width: innerWidth, height: document.documentElement.scrollHeight}")
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 COMMAND = [sys.executable, "-m", "sgl_runtime.cli", "demo", "--web", "--port", "0"]
 _OFFLINE = (  # else Chromium itself calls Google's hosts
@@ -24,12 +24,13 @@ _OFFLINE = (  # else Chromium itself calls Google's hosts
 
 @contextmanager
 def served(
-    *options: str, environment: dict[str, str] | None = None
+    *options: str, environment: dict[str, str] | None = None, complaints: IO[str] | None = None
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Start the command and give the address that it prints, and its process."""
+    """Start the command, its stderr in a file, and give the address that it prints, and its process."""
     process = subprocess.Popen(
         [*COMMAND, *options],
         stdout=subprocess.PIPE,
+        stderr=complaints,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
     )

@@ -6,7 +6,10 @@ import http.client
 import signal
 import socket
 import sys
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 
@@ -36,6 +39,23 @@ def ask(address: str, sample: tiny.Sample, **changes: str) -> tuple[int, str]:
     return status, body.decode()
 
 
+def begun(host: str, length: int) -> bytes:
+    """The head of a question whose picture is to come."""
+    return (
+        f"POST /answer?prompt=a HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n"
+        "Content-Type: application/octet-stream\r\n\r\n"
+    ).encode()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what the server does as soon as it has seen what was sent."""
+    for _ in range(100):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not happen")
+
+
 def test_everyone_gets_their_own_answer(address: str) -> None:
     """Eight at once, over a pipeline that has memory for one."""
     questions = SAMPLES * 2
@@ -57,15 +77,21 @@ def test_an_error_is_one_text_and_the_server_goes_on(address: str) -> None:
 def test_uploads_have_a_limit(address: str) -> None:
     host, port = urlsplit(address).netloc.split(":")
     with socket.create_connection((host, int(port)), timeout=60) as client:
-        length = 2 * server.MAX_BYTES
-        client.sendall(
-            f"POST /answer?prompt=a HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n"
-            "Content-Type: application/octet-stream\r\n\r\n".encode()
-        )
+        client.sendall(begun(host, 2 * server.MAX_BYTES))
         client.sendall(bytes(server.MAX_BYTES + 1))
         answer = client.makefile("rb")
         assert answer.readline().startswith(b"HTTP/1.1 400")
         assert b"larger than 32 MiB" in next(line for line in answer if b"picture" in line)
+
+
+def test_too_many_questions_are_refused(address: str) -> None:
+    host, port = urlsplit(address).netloc.split(":")
+    with ExitStack() as slow:
+        for _ in range(server.MAX_QUESTIONS):
+            client = slow.enter_context(socket.create_connection((host, int(port)), timeout=60))
+            client.sendall(begun(host, 9))
+        until(lambda: ask(address, SAMPLES[0]) == (503, "Too many questions are waiting. Try again later."))
+    until(lambda: ask(address, SAMPLES[0])[0] == 200)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +185,32 @@ def test_a_bad_start_is_one_line(
     assert err.count("\n") == 1
 
 
-def test_uploads_stay_in_memory(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, Path]]:
+    """An address, where that server's temporary files would go, and what it says on stderr."""
+    folder, complaints = tmp_path_factory.mktemp("temporary"), tmp_path_factory.mktemp("log") / "stderr"
+    with (
+        complaints.open("w") as file,
+        served(environment={"TMPDIR": str(folder)}, complaints=file) as (address, _),
+    ):
+        yield address, folder, complaints
+
+
+def test_uploads_stay_in_memory(watched: tuple[str, Path, Path]) -> None:
     """Nothing appears where temporary files go, while the server runs."""
-    with served(environment={"TMPDIR": str(tmp_path)}) as (address, _):
-        before = set(tmp_path.rglob("*"))
-        assert ask(address, SAMPLES[0])[0] == 200
-        assert set(tmp_path.rglob("*")) == before
+    address, folder, _ = watched
+    before = set(folder.rglob("*"))
+    assert ask(address, SAMPLES[0])[0] == 200
+    assert set(folder.rglob("*")) == before
+
+
+def test_who_leaves_and_who_is_wrong_is_no_failure(watched: tuple[str, Path, Path]) -> None:
+    address, _, complaints = watched
+    said = complaints.read_text()
+    host, port = urlsplit(address).netloc.split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as client:
+        client.sendall(begun(host, 9))
+        time.sleep(0.2)  # the server waits for the picture by now
+    assert ask(address, SAMPLES[0], keep_ratio="7")[0] == 400
+    assert ask(address, SAMPLES[0])[0] == 200
+    assert complaints.read_text() == said

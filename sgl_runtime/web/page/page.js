@@ -28,8 +28,8 @@ async function ask() {
     body: picture,
   });
   const text = await response.text();
-  if (response.status >= 500) {
-    throw new Error(`The server failed (${text.trim()}). Its terminal says why.`);
+  if (response.status === 500) {
+    throw new Error("The server failed. Its terminal says why.");
   }
   if (!response.ok) {
     throw new Error(text);
@@ -55,8 +55,8 @@ async function submit() {
   } finally {
     find("status").hidden = true;
     button.disabled = false;
-    const answer = find("answer");  // below the form where the screen is narrow
-    if (answer.getBoundingClientRect().top > 0.7 * innerHeight) answer.scrollIntoView();
+    const top = find("answer").getBoundingClientRect().top;
+    if (top < 0 || top > 0.7 * innerHeight) find("answer").scrollIntoView();
   }
 }
 
