@@ -29,7 +29,7 @@ def export(split: str, scenes: int, out: Path) -> Path:
         for number, question in enumerate(scene.questions):
             row = {"id": f"{index}-{number}", "image": name, "question": question.text}
             lines.append(json.dumps({**row, "answer": question.answer, "category": question.kind}))
-    file = out / "questions.jsonl"
+    file = out / f"{split}.jsonl"
     with whole_file(file) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file

@@ -179,7 +179,7 @@ TASK = """
 task: sgl_scenes
 dataset_path: json
 dataset_kwargs:
-  data_files: {folder}/questions.jsonl
+  data_files: {folder}/test.jsonl
 test_split: train
 output_type: generate_until
 doc_to_visual: !function utils.doc_to_visual
