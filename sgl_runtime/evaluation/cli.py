@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def evaluate(
     small: Annotated[str, typer.Option(help="Checkpoint of the small VLM: a directory or a hub id.")],
     large: Annotated[str, typer.Option(help="Checkpoint of the large VLM.")],
-    data: Annotated[str, typer.Option(help="JSONL, Parquet, or a benchmark's files: docs/evaluation.md.")],
+    data: Annotated[
+        str, typer.Option(help="JSONL, Parquet or a benchmark's files: docs/evaluation_data.md.")
+    ],
     out: Annotated[Path, typer.Option(help="Directory of the results; a stopped run goes on there.")],
     layout: Annotated[str, typer.Option(help="Name of the data's layout.")] = "auto",
     metric: Annotated[str | None, typer.Option(help="Default: the layout's; exact match for JSONL.")] = None,

@@ -19,7 +19,7 @@ from sgl_runtime.evaluation.data import DataSet
 from sgl_runtime.evaluation.metrics import METRICS
 from sgl_runtime.evaluation.page import render
 from sgl_runtime.evaluation.results import Results, Row
-from sgl_runtime.evaluation.summary import method_label, summarize
+from sgl_runtime.evaluation.summary import summarize
 from sgl_runtime.files import whole_file
 
 _SECONDS = (
@@ -188,7 +188,7 @@ def _methods(summary: dict[str, Any]) -> Section:
         ratio, layer = row["keep_ratio"], row["prune_layer"]
         rows.append(
             [
-                method_label(row),
+                row["label"],
                 "" if ratio is None else f"{ratio:g}",
                 "" if layer is None else str(layer),
                 "" if row["token_ratio"] is None else f"{100 * row['token_ratio']:.0f} %",
@@ -209,7 +209,7 @@ def _methods(summary: dict[str, Any]) -> Section:
 
 def _worse_than_small(methods: Sequence[Row]) -> str:
     small = next(row["mean"] for row in methods if row["method"] == "small")
-    worse = [method_label(row) for row in methods if row["token_ratio"] is not None and row["mean"] < small]
+    worse = [row["label"] for row in methods if row["token_ratio"] is not None and row["mean"] < small]
     return f"Below small alone: {', '.join(worse)}." if worse else "No pruned method is below small alone."
 
 
@@ -221,7 +221,7 @@ def _categories(summary: dict[str, Any]) -> list[Section]:
     scale = 100 if metric.shares else 1
     rows = [
         [
-            method_label(row),
+            row["label"],
             *(f"{scale * row['summary'][name]:.1f}" if name in row["summary"] else "" for name in names),
         ]
         for row in methods

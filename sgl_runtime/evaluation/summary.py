@@ -47,8 +47,8 @@ def summarize(
     dict
         ``header`` of the results. ``examples``: how many there are, were answered by every method, failed,
         were skipped, are missing. ``methods``: the rows of `results.table`, small alone and large unpruned
-        first, each with ``difference`` (mean, low, high; paired, to large unpruned; over the examples that
-        both answered). ``stages``: mean seconds by stage of what a user would run: either VLM alone, and the
+        first, each with its ``label`` and ``difference`` (mean, low, high; paired, to large unpruned; over
+        the examples that both answered). ``stages``: mean seconds by stage of what a user would run: either VLM alone, and the
         small one guiding. ``front``: see `_front`, and ``exits``: see `_exits`; None without a guided method
         or without scores.
         ``disagreements``: what large unpruned won against ``routed_to``, the most first, and their
@@ -94,13 +94,22 @@ def summarize(
     }
 
 
-def method_label(row: Row) -> str:
-    """Return what a method is called in tables: "small alone", "large unpruned", "guided at 36 %"."""
+def _labels(rows: list[Row]) -> list[str]:
+    """Return what methods are called in tables, each once: "small alone", "guided at 36 %".
+
+    Of settings with about the same token ratio, "guided at 36 % (0.2 @ 2)".
+    """
     names = {"small": "small alone", "large": "large unpruned"}
-    name: str = row["method"]
-    if row["token_ratio"] is None:
-        return names.get(name, name)
-    return f"{name} at {100 * row['token_ratio']:.0f} %"
+    short = [
+        names.get(row["method"], row["method"])
+        if row["token_ratio"] is None
+        else f"{row['method']} at {100 * row['token_ratio']:.0f} %"
+        for row in rows
+    ]
+    return [
+        label if short.count(label) == 1 else f"{label} ({row['keep_ratio']:g} @ {row['prune_layer']})"
+        for label, row in zip(short, rows, strict=True)
+    ]
 
 
 def guided_key(results: Results) -> Key | None:
@@ -146,7 +155,8 @@ def _methods(results: Results, by_key: dict[Key, dict[str, Row]], dataset: DataS
     names = list(dict.fromkeys(["small", "large", *(row["method"] for row in rows)]))
     rows.sort(key=lambda row: (names.index(row["method"]), -(row["token_ratio"] or 0)))
     large = by_key["large", None, None]
-    for row in rows:
+    for row, label in zip(rows, _labels(rows), strict=True):
+        row["label"] = label
         mine = by_key[row["method"], row["keep_ratio"], row["prune_layer"]]
         both = [name for name in mine if name in large]
         row["difference"] = None
@@ -208,7 +218,7 @@ def _exits(
         }
 
     return {
-        "routed_to": method_label(routed),
+        "routed_to": routed["label"],
         "examples": len(found),
         "small": float(small.mean()),
         "large": float(large.mean()),
@@ -221,7 +231,7 @@ def _exits(
 def _stages(rows: list[Row]) -> dict[str, dict[str, float]]:
     by_method = {row["method"]: row["stages"] for row in rows}
     return {
-        method_label(row): {**(by_method["small"] if row["method"] == "guided" else {}), **row["stages"]}
+        row["label"]: {**(by_method["small"] if row["method"] == "guided" else {}), **row["stages"]}
         for row in rows
         if row["method"] in ("small", "large", "guided")
     }
@@ -235,7 +245,7 @@ def _front(by_key: dict[Key, dict[str, Row]], guided: list[Row]) -> dict[str, An
     beats in accuracy at its time, with ``label`` and ``threshold``, the fastest first.
     """
     small_rows, large_rows = by_key["small", None, None], by_key["large", None, None]
-    keys = {method_label(row): (row["method"], row["keep_ratio"], row["prune_layer"]) for row in guided}
+    keys = {row["label"]: (row["method"], row["keep_ratio"], row["prune_layer"]) for row in guided}
     keys["large unpruned"] = ("large", None, None)
     both = [name for name in small_rows if all(name in by_key[key] for key in keys.values())]
     if not both:

@@ -18,7 +18,7 @@ from sgl_runtime.evaluation.calibrating import check
 from sgl_runtime.evaluation.calibration import LOSS_PROCEDURE, Calibration
 from sgl_runtime.evaluation.report import write_report
 from sgl_runtime.evaluation.results import Results, describe
-from sgl_runtime.evaluation.summary import method_label, summarize
+from sgl_runtime.evaluation.summary import summarize
 
 from .made_results import make_results, rows_of
 
@@ -97,7 +97,7 @@ def test_tables_are_the_summary(tmp_path: Path) -> None:
     rows = page.tables["Scores"]
     assert rows == markdown_table(text, "Scores")
     for cells, row in zip(rows[1:], expected["methods"], strict=True):
-        assert cells[0] == method_label(row)
+        assert cells[0] == row["label"]
         assert cells[4] == f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
         if row["difference"] is not None:
             assert cells[5].startswith(f"{100 * row['difference']['mean']:+.1f} [")

@@ -12,7 +12,7 @@ from sgl_runtime.errors import ConfigError
 from sgl_runtime.evaluation.data import DataSet
 from sgl_runtime.evaluation.intervals import bootstrap_difference
 from sgl_runtime.evaluation.results import Results, table
-from sgl_runtime.evaluation.summary import method_label, summarize
+from sgl_runtime.evaluation.summary import summarize
 
 from .made_results import COUNT, make_results, rows_of
 
@@ -26,7 +26,7 @@ def test_methods_are_the_table_with_paired_differences() -> None:
     rows = summarize(results, dataset)["methods"]
     labels = ["small alone", "large unpruned"]
     labels += [f"{name} at {ratio} %" for name in ("guided", "random") for ratio in (64, 36, 5)]
-    assert [method_label(row) for row in rows] == labels
+    assert [row.pop("label") for row in rows] == labels
     plain = {(row["method"], row["token_ratio"]): row for row in table(results, dataset)}
     large = scores(results, "large")
     for row in rows:
@@ -122,6 +122,19 @@ def test_stages_are_those_that_a_request_goes_through() -> None:
         "large unpruned": {"large_prefill": 0.375, "large_decode": 0.125},
         **{f"guided at {ratio} %": guided for ratio in (64, 36, 5)},
     }
+
+
+def test_settings_of_one_token_ratio_keep_names_of_their_own() -> None:
+    results, _ = make_results()
+    for row in results.rows:
+        if row["keep_ratio"] == 0.4:  # 36 %, as 0.2 @ 2
+            row |= {"keep_ratio": 0.36, "prune_layer": 0}
+    found = summarize(results)
+    guided = ["guided at 36 % (0.36 @ 0)", "guided at 36 % (0.2 @ 2)", "guided at 5 %"]
+    assert [row["label"] for row in found["methods"]][2:5] == guided
+    assert list(found["front"]["curves"]) == [*guided, "large unpruned"]
+    assert list(found["stages"]) == ["small alone", "large unpruned", *guided]
+    assert found["exits"]["routed_to"] == "guided at 36 % (0.2 @ 2)"
 
 
 def test_front_is_what_nothing_beats() -> None:
