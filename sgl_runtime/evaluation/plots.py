@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from decimal import ROUND_FLOOR, Decimal
+from itertools import count, cycle, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from sgl_runtime.errors import SGLError
 from sgl_runtime.evaluation.results import Row
@@ -25,13 +27,9 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW = (
     "#D55E00",
     "#F0E442",
 )
-_Value = TypeVar("_Value")
-
-_DARK, _GREY = "#222222", "#777777"
-_LINES = [
-    (colour, marker)
-    for marker, colour in zip("osD^vXP", (BLUE, RED, GREEN, PINK, ORANGE, SKY, _GREY), strict=True)
-]
+_DARK, _GREY, _LIGHT = "#222222", "#777777", "#aaaaaa"
+_COLOURS, _MARKERS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, _GREY), "osD^vX<"
+_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 _STAGES = (SKY, BLUE, GREEN, YELLOW, ORANGE, RED, PINK, _GREY)
 _WIDTH, _DPI = 7.0, 200  # inches: 10 points are 14 pixels of a picture that is shown 700 wide
 _FONT, _SMALL = 10.5, 9.5
@@ -39,6 +37,11 @@ _FONT, _SMALL = 10.5, 9.5
 
 def accuracy_figure(methods: Sequence[Row], title: str = "") -> Figure:
     """Return accuracy against token ratio: a line per ranking, 95 % intervals, small alone, large unpruned.
+
+    Points of one token ratio stand beside each other, so that each interval is seen: a ranking's are all
+    moved by the same factor. A line joins a ranking's points only where every further setting keeps as much
+    or more and prunes as late or later; along others (a grid of keep ratios and prune layers) there is no
+    path from one to the next, and points alone are drawn.
 
     Parameters
     ----------
@@ -58,30 +61,35 @@ def accuracy_figure(methods: Sequence[Row], title: str = "") -> Figure:
         )
     figure, axes = _figure(4.4, title)
     names = list(dict.fromkeys(row["method"] for row in pruned))
+    ratios = sorted({row["token_ratio"] for row in pruned})
+    span = math.log(ratios[-1] / ratios[0]) or 1.0
+    step = 0.018 * span  # about the width of a marker
     for number, name in enumerate(names):
         rows = sorted((row for row in pruned if row["method"] == name), key=lambda row: row["token_ratio"])
-        colour, marker = _LINES[number % len(_LINES)]
+        factor = math.exp(step * (number - (len(names) - 1) / 2))
+        look = _look(number)
+        if not _nested(rows):
+            look["linestyle"] = "none"
         axes.errorbar(
-            [100 * row["token_ratio"] for row in rows],
+            [100 * factor * row["token_ratio"] for row in rows],
             [100 * row["mean"] for row in rows],
             yerr=_errors(rows),
-            color=colour,
-            marker=marker,
-            linestyle=("-", "--", ":")[number // len(_LINES) % 3],
-            markersize=5 + min(number, 4),  # the first lies on top: where they are equal, all are seen
-            zorder=3 - 0.01 * number,
+            **look,
+            markersize=6,
+            zorder=3,
             linewidth=1.8,
             elinewidth=1.2,
             capsize=3,
             label=f" {name}" if name.startswith("_") else name,  # else the legend leaves it out
         )
-    _level(axes, scored, "large", "large unpruned", "-")
-    _level(axes, scored, "small", "small alone", (0, (5, 2)))
+    _level(axes, scored, "large", label="large unpruned", color=_LIGHT, linewidth=5)
+    _level(axes, scored, "small", label="small alone", color=_DARK, linewidth=1.4, linestyle=(0, (5, 2)))
     axes.set_xscale("log")
-    ratios = _apart(sorted({row["token_ratio"] for row in pruned}), lambda one, two: two > 1.15 * one)
-    axes.set_xticks([100 * ratio for ratio in ratios], [f"{100 * ratio:.3g} %" for ratio in ratios])
+    edge = math.exp(0.05 * span + step * len(names) / 2)
+    axes.set_xlim(100 * ratios[0] / edge, 100 * ratios[-1] * edge)
+    axes.set_xticks([100 * ratio for ratio in ratios], _staggered(ratios, 0.09 * span))
     axes.minorticks_off()
-    axes.set_xlabel("token ratio: share of visual tokens, averaged over the large VLM's layers")
+    axes.set_xlabel("token ratio, logarithmic: share of visual tokens, averaged over the large VLM's layers")
     axes.set_ylabel("score, %")
     _legend(figure, axes)
     return figure
@@ -127,17 +135,16 @@ def exit_figure(exits: Mapping[str, Any], title: str = "") -> Figure:
         label="95 % interval",
     )
     _thresholds(axes, points)
-    for mark in exits["marks"]:
+    for mark, marker in zip(exits["marks"], cycle("Ds^v")):
         share = 100 * mark["share"]
         axes.axvline(share, color=RED, linewidth=1.4)
-        axes.plot([share], [100 * mark["accuracy"]["mean"]], color=RED, marker="D", markersize=7)
-        axes.annotate(
-            f" exit_threshold {mark['threshold']:.3f}",
-            (share, 0.02),
-            xycoords=("data", "axes fraction"),
-            ha="left" if share < 60 else "right",
+        axes.plot(
+            [share],
+            [100 * mark["accuracy"]["mean"]],
             color=RED,
-            fontsize=_SMALL,
+            marker=marker,
+            markersize=7,
+            label=f"exit_threshold {rounded_down([mark['threshold']], 4)[0]}",
         )
     axes.set_xlabel("exits: share of examples that the small VLM answers, %")
     axes.set_ylabel("score, %")
@@ -162,10 +169,15 @@ def front_figure(front: Mapping[str, Any], title: str = "") -> Figure:
         raise SGLError("There is nothing to plot against time: no example was answered by every method.")
     figure, axes = _figure(4.6, title)
     for number, (label, curve) in enumerate(front["curves"].items()):
-        colour, marker = _LINES[number % len(_LINES)]
-        seconds, accuracies = _thousands(curve["seconds"]), _percent(curve["accuracy"])
-        axes.plot(seconds, accuracies, color=colour, linewidth=1.5, label=f"{label}, with exits")
-        axes.plot(seconds[:1], accuracies[:1], color=colour, marker=marker, markersize=6)
+        axes.plot(
+            _thousands(curve["seconds"]),
+            _percent(curve["accuracy"]),
+            **_look(number),
+            markevery=[0],
+            markersize=6,
+            linewidth=1.5,
+            label=f"{label}, with exits",
+        )
     best = front["best"]
     axes.plot(
         _thousands([point["seconds"] for point in best]),
@@ -183,7 +195,7 @@ def front_figure(front: Mapping[str, Any], title: str = "") -> Figure:
     axes.set_xlim(left=0)
     axes.set_xlabel("measured milliseconds a request; markers: nothing exits")
     axes.set_ylabel("score, %")
-    _legend(figure, axes, columns=3)
+    _legend(figure, axes)
     return figure
 
 
@@ -240,6 +252,22 @@ def stage_figure(stages: Mapping[str, Mapping[str, float]], title: str = "") -> 
     return figure
 
 
+def rounded_down(thresholds: Sequence[float], digits: int) -> list[str]:
+    """Return descending thresholds as text: rounded down, for at a higher one fewer would exit.
+
+    Parameters
+    ----------
+    digits
+        Behind the point; more where it takes more to stay above the next threshold.
+    """
+    exact = [Decimal(str(threshold)) for threshold in thresholds]
+    labels = []
+    for value, lower in zip(exact, [*exact[1:], Decimal("-inf")], strict=True):
+        down = (value.quantize(Decimal(1).scaleb(-places), ROUND_FLOOR) for places in count(digits))
+        labels.append(f"{next(found for found in down if found > lower):f}")
+    return labels
+
+
 def png(figure: Figure) -> bytes:
     """Return a figure as the bytes of a PNG, 1400 pixels wide."""
     stream = io.BytesIO()
@@ -273,8 +301,19 @@ def _figure(height: float, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes, columns: int = 4) -> None:
+def _look(number: int) -> dict[str, Any]:
+    """Return colour, marker and dash of a line; where a colour comes again, both others differ."""
+    turn, colour = divmod(number, len(_COLOURS))
+    return {
+        "color": _COLOURS[colour],
+        "marker": _MARKERS[(colour + turn) % len(_MARKERS)],
+        "linestyle": _DASHES[turn % len(_DASHES)],
+    }
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
+    columns = max(1, min(4, 90 // (max(map(len, labels)) + 7)))  # of 90 characters that fit side by side
     legend = figure.legend(
         handles,
         labels,
@@ -287,33 +326,55 @@ def _legend(figure: Figure, axes: Axes, columns: int = 4) -> None:
         text.set_parse_math(False)
 
 
-def _level(axes: Axes, rows: list[Row], method: str, label: str, style: Any) -> None:
+def _level(axes: Axes, rows: list[Row], method: str, **look: Any) -> None:
     for row in rows:
         if row["method"] == method:
-            axes.axhline(100 * row["mean"], color=_DARK, linestyle=style, linewidth=1.4, label=label)
+            axes.axhline(100 * row["mean"], **look)
             axes.axhspan(100 * row["low"], 100 * row["high"], color=_DARK, alpha=0.08, linewidth=0)
 
 
-def _thresholds(axes: Axes, points: Sequence[Row]) -> None:
-    """Mark on an upper axis which threshold gives which share."""
-    exited = [point for point in points if point["threshold"] is not None]
-    marked = _apart(exited, lambda one, two: two["share"] - one["share"] > 0.06)
-    upper = axes.secondary_xaxis("top")
-    upper.set_xticks(
-        _percent([point["share"] for point in marked]), [f"{point['threshold']:.2f}" for point in marked]
+def _nested(rows: Sequence[Row]) -> bool:
+    """Whether each setting keeps as much as the one before it or more, and prunes as late or later."""
+    return all(
+        one["keep_ratio"] <= two["keep_ratio"] and one["prune_layer"] <= two["prune_layer"]
+        for one, two in pairwise(rows)
     )
+
+
+def _staggered(ratios: Sequence[float], width: float) -> list[str]:
+    """Return labels of ascending ratios, on a lower line where they would touch the one before.
+
+    Parameters
+    ----------
+    width
+        Of a label, on the logarithmic axis.
+    """
+    lines: list[float] = []  # the last ratio on each
+    labels = []
+    for ratio in ratios:
+        free = (line for line, last in enumerate(lines) if math.log(ratio / last) > width)
+        line = next(free, len(lines))
+        lines[line : line + 1] = [ratio]
+        labels.append(line * "\n" + f"{100 * ratio:.3g} %")
+    return labels
+
+
+def _thresholds(axes: Axes, points: Sequence[Row]) -> None:
+    """Mark on an upper axis which threshold gives which share, where there is room for the label."""
+    exited = [point for point in points if point["threshold"] is not None]
+    labels = rounded_down([point["threshold"] for point in exited], 2)
+    shares: list[float] = []
+    shown: list[str] = []
+    for point, label in zip(exited, labels, strict=True):
+        share = 100 * point["share"]
+        if not shown or share - shares[-1] > 1 + 0.75 * (len(shown[-1]) + len(label)):
+            shares.append(share)
+            shown.append(label)
+    upper = axes.secondary_xaxis("top")
+    upper.set_xticks(shares, shown)
     upper.tick_params(labelsize=_SMALL)
     upper.spines["top"].set_visible(False)
     upper.set_xlabel("exit_threshold on the decision score", fontsize=_FONT)
-
-
-def _apart(values: Sequence[_Value], enough: Callable[[_Value, _Value], bool]) -> list[_Value]:
-    """Return ascending values without those whose labels would touch the one before."""
-    kept: list[_Value] = []
-    for value in values:
-        if not kept or enough(kept[-1], value):
-            kept.append(value)
-    return kept
 
 
 def _errors(rows: Sequence[Row]) -> list[list[float]]:

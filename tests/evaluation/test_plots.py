@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,19 @@ def test_accuracy_is_the_table(summary: dict[str, Any]) -> None:
     [axes] = figure.axes
     found = bars(axes)
     assert list(found) == ["guided", "random"]
+    moved = []
     for name, (points, low, high) in found.items():
         rows = [row for row in summary["methods"] if row["method"] == name][::-1]
-        assert points == pytest.approx(np.array([[100 * r["token_ratio"], 100 * r["mean"]] for r in rows]))
+        factors = points[:, 0] / [100 * row["token_ratio"] for row in rows]
+        assert factors == pytest.approx(factors[0])
+        moved.append(factors[0])
+        assert points[:, 1] == pytest.approx([100 * row["mean"] for row in rows])
         assert low == pytest.approx([100 * row["low"] for row in rows])
         assert high == pytest.approx([100 * row["high"] for row in rows])
+    assert moved[0] < 1 < moved[1] < 1.05
+    assert moved[0] * moved[1] == pytest.approx(1)
+    assert axes.get_xscale() == "log"
+    assert "logarithmic" in axes.get_xlabel()
     means = {row["method"]: 100 * row["mean"] for row in summary["methods"] if row["token_ratio"] is None}
     levels = {line.get_label(): line.get_ydata() for line in axes.lines if line.get_label() in legend(figure)}
     assert levels["large unpruned"] == pytest.approx([means["large"]] * 2)
@@ -83,13 +92,34 @@ def test_exits_are_the_table(summary: dict[str, Any]) -> None:
     [mark] = exits["marks"]
     [diamond] = [line for line in axes.lines if line.get_marker() == "D"]
     assert diamond.get_xydata() == pytest.approx(100 * np.array([[mark["share"], mark["accuracy"]["mean"]]]))
-    assert [text.get_text().strip() for text in axes.texts] == ["exit_threshold 0.500"]
+    assert diamond.get_label() == "exit_threshold 0.5000"
+    assert not axes.texts  # it would lie over intervals
     [upper] = axes.child_axes
     shares = upper.get_xticks().tolist()
     assert len(shares) > 2
     thresholds = {100 * row["share"]: row["threshold"] for row in rows}
     assert [tick.get_text() for tick in upper.get_xticklabels()] == [f"{thresholds[s]:.2f}" for s in shares]
-    assert set(legend(figure)) == {*names, "random routing", "95 % interval"}
+    assert set(legend(figure)) == {*names, "random routing", "95 % interval", "exit_threshold 0.5000"}
+
+
+def test_thresholds_are_rounded_down_and_told_apart() -> None:
+    thresholds = [0.998, 0.9928, 0.99, 0.3, 0.29999, 0.0]
+    assert plots.rounded_down(thresholds, 2) == ["0.998", "0.992", "0.99", "0.30", "0.29", "0.00"]
+    assert plots.rounded_down([1.0, 0.99999], 4) == ["1.0000", "0.9999"]
+
+
+def test_long_thresholds_do_not_touch(summary: dict[str, Any]) -> None:
+    share, point = 0.0, summary["exits"]["points"][-1]
+    points = []
+    for number in range(10):
+        share += 0.1
+        points.append({**point, "share": share, "threshold": 0.99999 - number * 1e-6})
+    figure = plots.exit_figure({**summary["exits"], "points": points})
+    figure.canvas.draw()  # places the labels
+    [upper] = figure.axes[0].child_axes
+    boxes = [tick.get_window_extent() for tick in upper.get_xticklabels()]
+    assert len(boxes) > 3
+    assert all(one.x1 < two.x0 for one, two in pairwise(boxes))
 
 
 def test_confidence_alone_decides_where_there_is_no_consistency() -> None:
@@ -131,12 +161,71 @@ def test_names_are_shown_as_they_are(summary: dict[str, Any]) -> None:
     figure = plots.accuracy_figure(rows, title="$\\frac{$")
     assert plots.png(figure)
     assert [name.strip() for name in legend(figure)[2:]] == names
-    looks = {
-        (to_hex(line.get_color()), line.get_marker(), line.get_linestyle())
-        for line in (container[0] for container in figure.axes[0].containers)  # type: ignore[index]
-    }
-    assert len(looks) == len(names)
+    lines = [container[0] for container in figure.axes[0].containers]  # type: ignore[index]
+    assert_told_apart(lines, len(names))
     assert plots.png(plots.stage_figure({"$\\frac{$": {"$\\frac{$": 1.0}}))
+
+
+def assert_told_apart(lines: list[Any], count: int) -> None:
+    """Lines of one colour differ in dash and in marker."""
+    assert len(lines) == count > 7
+    by_colour: dict[str, list[Any]] = {}
+    for line in lines:
+        by_colour.setdefault(to_hex(line.get_color()), []).append(line)
+    assert len(by_colour) == 7
+    for same in by_colour.values():
+        assert len({line.get_marker() for line in same}) == len(same)
+        assert len({str(line._dash_pattern) for line in same}) == len(same)
+
+
+def test_settings_are_told_apart_in_time(summary: dict[str, Any]) -> None:
+    curve = next(iter(summary["front"]["curves"].values()))
+    labels = [f"guided at 36 % (0.2 @ {number})" for number in range(15)]
+    figure = plots.front_figure({**summary["front"], "curves": dict.fromkeys(labels, curve)})
+    names = [f"{label}, with exits" for label in labels]
+    lines = [line for line in figure.axes[0].lines if line.get_label() in names]
+    assert_told_apart(lines, 15)
+    marked = [
+        line.get_marker() for line in figure.axes[0].lines if line.get_label() in summary["front"]["points"]
+    ]
+    assert not {line.get_marker() for line in lines} & set(marked)
+    figure.canvas.draw()  # places the legend
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+
+
+def test_levels_that_are_equal_are_both_seen(summary: dict[str, Any]) -> None:
+    rows = [{**row, "mean": 0.8} for row in summary["methods"]]
+    [axes] = plots.accuracy_figure(rows).axes
+    large, small = (
+        next(line for line in axes.lines if line.get_label() == name)
+        for name in ("large unpruned", "small alone")
+    )
+    assert axes.lines.index(large) < axes.lines.index(small)  # drawn below it
+    assert large.get_linewidth() > 2 * small.get_linewidth()
+    assert small.is_dashed()
+    assert to_hex(large.get_color()) != to_hex(small.get_color())
+
+
+@pytest.mark.parametrize(
+    ("settings", "joined"),
+    [
+        ([(0.05, 0, 0.05), (0.2, 2, 0.36), (0.4, 4, 0.64)], True),
+        ([(0.1, 2, 0.28), (0.2, 2, 0.36), (0.4, 2, 0.52)], True),
+        ([(0.1, 4, 0.46), (0.3, 2, 0.44)], False),
+    ],
+)
+def test_lines_join_what_goes_one_way(
+    summary: dict[str, Any], settings: list[tuple[float, int, float]], joined: bool
+) -> None:
+    guided = next(row for row in summary["methods"] if row["method"] == "guided")
+    names = ("keep_ratio", "prune_layer", "token_ratio")
+    rows = [{**guided, **dict(zip(names, setting, strict=True))} for setting in settings]
+    [axes] = plots.accuracy_figure([*summary["methods"][:2], *rows]).axes
+    [line] = [container[0] for container in axes.containers]  # type: ignore[index]
+    assert (line.get_linestyle() == "-") == joined
+    assert (line.get_linestyle() == "None") != joined
 
 
 def test_labels_do_not_touch(summary: dict[str, Any]) -> None:
@@ -146,7 +235,7 @@ def test_labels_do_not_touch(summary: dict[str, Any]) -> None:
         for ratio in ([None] if row["token_ratio"] is None else [0.35, 0.36, 0.64])
     ]
     [axes] = plots.accuracy_figure(rows).axes
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["35 %", "64 %"]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["35 %", "\n36 %", "64 %"]
 
 
 def test_pngs_are_readable(summary: dict[str, Any], tmp_path: Path) -> None:
