@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sgl_runtime.checkpoints import checkpoint_directory, first_line, safetensors_of
 from sgl_runtime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from sgl_runtime.engine import VLM
 
 _WHOLE = 1 << 16  # bytes of a tensor that is read whole
 _PIECES, _PIECE = 16, 1 << 12  # of a larger one
@@ -40,6 +43,12 @@ def checkpoint_fingerprint(source: str | Path) -> str:
                 f"{file} could not be read as safetensors: {first_line(error)}. Is the download complete?"
             ) from error
     return digest.hexdigest()
+
+
+def compute_of(vlm: VLM) -> str:
+    """Return in what a VLM computes: "bfloat16", or "bfloat16, Int8Tensor" where it is quantised."""
+    kinds = {type(weight.data).__name__ for weight in vlm.decoder.layers[0].parameters()} - {"Tensor"}
+    return ", ".join([str(vlm.model.dtype).removeprefix("torch."), *sorted(kinds)])
 
 
 def _add_weights(digest: Any, file: Path) -> None:

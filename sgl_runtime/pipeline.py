@@ -107,6 +107,7 @@ class SGLPipeline:
         translate: Callable[[list[int]], list[int]] | None = None,
     ) -> None:
         self.config = config
+        self._sources: tuple[str | Path, str | Path] | None = None  # where both VLMs came from
         self.small_processor = small_processor
         self.large_processor = large_processor
         self._worker = Worker(large.model.device) if worker is None else worker
@@ -180,15 +181,16 @@ class SGLPipeline:
             vlm = VLM(hf.load_model(directory, place, compute, **more), name)
             parts.append((vlm, Processor.from_directory(directory, vlm.model.family)))
         (small_vlm, small_processor), (large_vlm, large_processor) = parts
-        if config is not None and config.calibration is not None:
-            _check_calibration(config.calibration, small, large)
-        return cls(
+        pipe = cls(
             small_vlm,
             large_vlm,
             SGLConfig() if config is None else config,
             small_processor=small_processor,
             large_processor=large_processor,
         )
+        pipe._sources = (small, large)
+        pipe._check_calibration()
+        return pipe
 
     @classmethod
     def from_models(
@@ -208,7 +210,7 @@ class SGLPipeline:
 
         The two take turns, like two calls of one.
         """
-        return SGLPipeline(
+        pipe = SGLPipeline(
             self.small,
             self.large,
             config,
@@ -217,6 +219,10 @@ class SGLPipeline:
             worker=self._worker,
             translate=self._translate,
         )
+        pipe._sources = self._sources
+        if config.calibration is not self.config.calibration:
+            pipe._check_calibration()
+        return pipe
 
     def warm_up(self) -> None:
         """Set memory aside, compile and capture now what requests will need, and show how far it is.
@@ -353,15 +359,21 @@ class SGLPipeline:
     def _clock(self) -> Clock:
         return Clock(self.large.model.device)
 
+    def _check_calibration(self) -> None:
+        """Warn when the settings' promise is about another pair, or one that computes in another way."""
+        if self.config.calibration is None or self._sources is None:
+            return
+        from sgl_runtime.evaluation.calibration import mismatches
+        from sgl_runtime.fingerprint import checkpoint_fingerprint, compute_of
 
-def _check_calibration(calibration: Any, small: str | Path, large: str | Path) -> None:
-    """Warn when a calibration's promise is about another pair."""
-    from sgl_runtime.evaluation.calibration import mismatches
-    from sgl_runtime.fingerprint import checkpoint_fingerprint
-
-    pair = {"small": checkpoint_fingerprint(small), "large": checkpoint_fingerprint(large)}
-    for sentence in mismatches(calibration, pair):
-        log.warning(sentence)
+        vlms = (self.small, self.large)
+        pair = {
+            vlm.name: checkpoint_fingerprint(source) for vlm, source in zip(vlms, self._sources, strict=True)
+        }
+        for sentence in mismatches(
+            self.config.calibration, pair, {vlm.name: compute_of(vlm) for vlm in vlms}
+        ):
+            log.warning(sentence)
 
 
 def _only_result(results: list[SGLResult | None], errors: dict[int, SGLError]) -> SGLResult:

@@ -52,7 +52,7 @@ class _Measured:
 
     decision: np.ndarray
     small: np.ndarray
-    small_seconds: float
+    small_seconds: np.ndarray
     unpruned: Setting
     settings: list[Setting]
     groups: np.ndarray
@@ -62,7 +62,11 @@ class _Measured:
         return self.unpruned.scores
 
     def candidate(self, setting: Setting, exits: ExitChoice) -> Candidate:
-        return Candidate(setting, exits, self.small_seconds + (1 - exits.exit_share) * setting.seconds)
+        """Return what a setting takes with its exits, on these examples."""
+        asked = (
+            np.ones(len(self.decision), bool) if exits.threshold is None else self.decision < exits.threshold
+        )
+        return Candidate(setting, exits, float(np.mean(self.small_seconds + asked * setting.seconds)))
 
 
 def calibrate(
@@ -88,8 +92,9 @@ def calibrate(
         "labels": at most ``alpha`` of the score is lost against the unpruned large VLM. "large": at most
         ``alpha`` of the answers differ from its. Both with probability ``1 - delta``.
     calls
-        Instead: at most this share of the requests goes to the large VLM; ``alpha`` then bounds pruning only,
-        and each of the two promises gets half of ``delta``.
+        Instead: at most this share of the requests goes to the large VLM. Without a ``setting`` pruning is
+        chosen to lose at most ``alpha``, each of the two with half of ``delta``; with one nothing is promised
+        of the score.
     setting
         Keep ratio and prune layer to use; None chooses.
     today
@@ -109,7 +114,7 @@ def calibrate(
     else:
         candidates, note = _by_loss(measured, fixed, alpha, delta)
     made = _written(results, measured, candidates[0], alpha, delta, reference, calls, today)
-    return Calibrated(made, candidates, note)
+    return Calibrated(made, candidates, " ".join([*filter(None, [note]), *_doubts(results, measured)]))
 
 
 def check(results: Results, calibration: Calibration) -> dict[str, Any]:
@@ -123,20 +128,22 @@ def check(results: Results, calibration: Calibration) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``promise``, ``alpha``, ``delta``, and the settings of the calibration, ``routed_to``: the method that
-        answers what does not exit; over the
-        groups of ``results``: ``exit_share``, ``mean``, ``low``, ``high`` (95 % bootstrap) of what was
-        promised to be at most alpha, and ``kept``: whether the mean is. ``same_pair``, ``same_data``: whether
-        the results are of the calibrated pair, and of the very examples it was calibrated on.
+        ``promise``, ``alpha``, ``delta``, and the settings of the calibration; ``routed_to``: the method that
+        answers what does not exit. Over the groups of ``results``: ``exit_share``, ``mean``, ``low``,
+        ``high`` (95 % bootstrap) of what was promised to be at most alpha, and ``kept``: whether the mean is.
+        ``differences``: sentences about what is not as it was calibrated. ``same_data``: whether the examples
+        are the very ones it was calibrated on.
 
     Raises
     ------
     ConfigError
         Results that are needed are missing.
     """
-    measured = _measured(results, "large" if calibration.promise == "agreement" else "labels")
+    reference = "large" if calibration.promise == "agreement" else "labels"
+    prunes = calibration.keep_ratio < 1
+    measured = _measured(results, reference, guided=prunes)
     pruned = None
-    if calibration.keep_ratio < 1:
+    if prunes:
         pruned = _find(measured, (calibration.keep_ratio, calibration.prune_layer), results)
     answered = (pruned or measured.unpruned).scores
     threshold = np.inf if calibration.exit_threshold is None else calibration.exit_threshold
@@ -146,7 +153,6 @@ def check(results: Results, calibration: Calibration) -> dict[str, Any]:
         promised = 1.0 - exited
     group = group_numbers(measured.groups, len(exited))
     interval = bootstrap(group_means(promised, group), np.arange(group.max() + 1))
-    pair = {name: vlm["fingerprint"] for name, vlm in results.header["pair"].items()}
     return {
         "promise": calibration.promise,
         "alpha": calibration.alpha,
@@ -161,7 +167,7 @@ def check(results: Results, calibration: Calibration) -> dict[str, Any]:
         "exit_share": float(group_means(exited, group).mean()),
         **interval._asdict(),
         "kept": interval.mean <= calibration.alpha,
-        "same_pair": not mismatches(calibration, pair),
+        "differences": _differences(results, calibration),
         "same_data": calibration.data_sha256 == results.header["data set"]["sha256"],
     }
 
@@ -195,14 +201,48 @@ def _by_loss(
 def _by_calls(
     measured: _Measured, fixed: Setting | None, alpha: float, delta: float, calls: float
 ) -> tuple[tuple[Candidate, ...], str]:
-    setting, note, left = fixed, "", delta
-    if setting is None:
-        pruning = choose_pruning(
-            measured.settings, measured.large, alpha=alpha, delta=delta / 2, groups=measured.groups
+    if fixed is not None:
+        exits = choose_calls(measured.decision, calls=calls, delta=delta, groups=measured.groups)
+        return (measured.candidate(fixed, exits),), ""
+    pruning = choose_pruning(
+        measured.settings, measured.large, alpha=alpha, delta=delta / 2, groups=measured.groups
+    )
+    exits = choose_calls(measured.decision, calls=calls, delta=delta / 2, groups=measured.groups)
+    found = [measured.candidate(setting, exits) for setting in (*pruning.passed, measured.unpruned)]
+    return tuple(sorted(found, key=lambda candidate: candidate.seconds)), pruning.note
+
+
+def _doubts(results: Results, measured: _Measured) -> list[str]:
+    """Return sentences about results that are not what a calibration should rest on."""
+    told, count = [], results.header["data set"]["count"]
+    if len(measured.decision) < count:
+        told.append(
+            f"Only {len(measured.decision)} of {count} examples were answered by all: the promise is about "
+            "such as those. Run `sgl-vlm eval` to its end."
         )
-        setting, note, left = pruning.setting or measured.unpruned, pruning.note, delta / 2
-    exits = choose_calls(measured.decision, calls=calls, delta=left, groups=measured.groups)
-    return (measured.candidate(setting, exits),), note
+    if len({run["machine"] for run in results.runs}) > 1:
+        told.append(
+            "Times were measured on several machines or in batches of several sizes: compare them with care."
+        )
+    return told
+
+
+def _differences(results: Results, calibration: Calibration) -> list[str]:
+    header = results.header
+    pair, compute = (
+        {name: vlm[what] for name, vlm in header["pair"].items()} for what in ("fingerprint", "compute")
+    )
+    now = {
+        **header["settings"],
+        "metric": header["data set"]["metric"],
+        "suffix": header["data set"]["suffix"],
+    }
+    names = ("exit_score", "consistency_keep_ratio", "keep_scope", "max_new_tokens", "metric", "suffix")
+    return mismatches(calibration, pair, compute) + [
+        f"{name} was {getattr(calibration, name)!r} and is {now[name]!r}: the promise does not cover it."
+        for name in names
+        if now[name] != getattr(calibration, name)
+    ]
 
 
 def _find(measured: _Measured, setting: tuple[float, int | float], results: Results) -> Setting:
@@ -218,21 +258,23 @@ def _find(measured: _Measured, setting: tuple[float, int | float], results: Resu
     )
 
 
-def _measured(results: Results, reference: str) -> _Measured:
+def _measured(results: Results, reference: str, guided: bool = True) -> _Measured:
+    """Return the arrays; without ``guided`` no setting is needed."""
     if reference not in ("labels", "large"):
         raise ConfigError(f"reference must be 'labels' or 'large', got {reference!r}.")
     by_method: dict[tuple[str, Any, Any], dict[str, dict[str, Any]]] = {}
     for row in results.rows:
         key = (row["method"], row["keep_ratio"], row["prune_layer"])
         by_method.setdefault(key, {})[row["id"]] = row
-    guided = [key for key in by_method if key[0] == GUIDED]
+    settings = [key for key in by_method if key[0] == GUIDED and guided]
     missing = [name for name in ("small", "large") if (name, None, None) not in by_method]
-    if missing or not guided:
+    missing += [GUIDED] if guided and not settings else []
+    if missing:
         raise ConfigError(
-            f"The results lack {', '.join([*missing, *([] if guided else [GUIDED])])}: calibration needs "
-            "small, large and guided. Run `sgl-vlm eval` with them."
+            f"The results lack {', '.join(missing)}: calibration needs small, large and guided. Run "
+            "`sgl-vlm eval` with them."
         )
-    used = [("small", None, None), ("large", None, None), *guided]
+    used = [("small", None, None), ("large", None, None), *settings]
     ids = sorted(set.intersection(*(set(by_method[key]) for key in used)))
     if not ids:
         raise ConfigError("No example was answered by all of small, large and guided: finish the evaluation.")
@@ -248,8 +290,8 @@ def _measured(results: Results, reference: str) -> _Measured:
             )
         return np.array([float(rows[i]["score"]) for i in ids])
 
-    def seconds(key: tuple[str, Any, Any]) -> float:
-        return float(np.mean([by_method[key][i]["seconds"] for i in ids]))
+    def seconds(key: tuple[str, Any, Any]) -> np.ndarray:
+        return np.array([by_method[key][i]["seconds"] for i in ids])
 
     small, large = ("small", None, None), ("large", None, None)
     return _Measured(
@@ -257,7 +299,7 @@ def _measured(results: Results, reference: str) -> _Measured:
         small=scores(small),
         small_seconds=seconds(small),
         unpruned=Setting(1.0, 0, scores(large), seconds(large)),
-        settings=[Setting(key[1], key[2], scores(key), seconds(key)) for key in guided],
+        settings=[Setting(key[1], key[2], scores(key), seconds(key)) for key in settings],
         groups=np.array([by_method[small][i]["group"] for i in ids]),
     )
 
@@ -276,7 +318,10 @@ def _written(
     found = {"exit_share": choice.exit_share}
     if choice.loss is not None:
         found["loss"] = choice.loss
-    found |= {"seconds": chosen.seconds, "seconds_large_unpruned": measured.unpruned.seconds}
+    found |= {
+        "seconds": chosen.seconds,
+        "seconds_large_unpruned": float(np.mean(measured.unpruned.seconds)),
+    }
     promise = "calls" if calls is not None else "accuracy" if reference == "labels" else "agreement"
     return Calibration(
         exit_threshold=choice.threshold,
@@ -284,11 +329,16 @@ def _written(
         prune_layer=pruning.prune_layer,
         exit_score=header["settings"]["exit_score"],
         consistency_keep_ratio=header["settings"]["consistency_keep_ratio"],
+        keep_scope=header["settings"]["keep_scope"],
+        max_new_tokens=header["settings"]["max_new_tokens"],
         promise=promise,
         alpha=alpha if calls is None else calls,
         delta=delta,
         procedure=LOSS_PROCEDURE if calls is None else CALLS_PROCEDURE,
         pair={name: header["pair"][name]["fingerprint"] for name in ("small", "large")},
+        compute={name: header["pair"][name]["compute"] for name in ("small", "large")},
+        metric=header["data set"]["metric"],
+        suffix=header["data set"]["suffix"],
         data_set=header["data set"]["name"],
         data_sha256=header["data set"]["sha256"],
         examples=len(measured.decision),

@@ -46,6 +46,7 @@ CALLS_PROCEDURE = (
 PROMISES = ("accuracy", "agreement", "calls")
 FORMAT = "sgl-vlm calibration 1"
 
+_MANY = 100_000  # examples: nobody labels more to learn a threshold
 _TYPES = {str: "text", int: "a whole number", Mapping: "a table", (int, float): "a number"}
 _Candidate = TypeVar("_Candidate")
 
@@ -65,8 +66,12 @@ class Calibration:
         The promise holds with probability ``1 - delta``.
     procedure
         `LOSS_PROCEDURE` or `CALLS_PROCEDURE`.
-    pair
-        Fingerprints of the checkpoints: {"small": ..., "large": ...}.
+    keep_scope, max_new_tokens
+        As in `SGLConfig`: what was answered with.
+    pair, compute
+        Fingerprints of the checkpoints, and in what they computed: {"small": ..., "large": ...}.
+    metric, suffix
+        What scored the answers, and what stood behind each question.
     data_set, data_sha256, examples, groups
         Name, hash, number of examples and of independent groups (images).
     measured
@@ -87,11 +92,16 @@ class Calibration:
     prune_layer: int | float
     exit_score: str
     consistency_keep_ratio: float
+    keep_scope: str
+    max_new_tokens: int
     promise: str
     alpha: float
     delta: float
     procedure: str
     pair: Mapping[str, str]
+    compute: Mapping[str, str]
+    metric: str
+    suffix: str
     data_set: str
     data_sha256: str
     examples: int
@@ -106,16 +116,19 @@ class Calibration:
         check_open_share("delta", self.delta)
         if self.promise not in PROMISES:
             raise ConfigError(f"promise must be one of {', '.join(PROMISES)}, got {self.promise!r}.")
-        for name in ("procedure", "data_set", "data_sha256", "date"):
+        for name in ("procedure", "metric", "suffix", "data_set", "data_sha256", "date"):
             _check_type(name, getattr(self, name), str)
         for name in ("examples", "groups"):
             _check_type(name, getattr(self, name), int)
-        for name, kind in (("pair", str), ("versions", str), ("measured", (int, float))):
+        for name, kind in (("pair", str), ("compute", str), ("versions", str), ("measured", (int, float))):
             _check_type(name, getattr(self, name), Mapping)
             for key, value in getattr(self, name).items():
                 _check_type(f"{name}[{key!r}]", value, kind)
-        if set(self.pair) != {"small", "large"}:
-            raise ConfigError(f"pair must name the small and the large VLM, got {sorted(self.pair)}.")
+        for name in ("pair", "compute"):
+            if set(getattr(self, name)) != {"small", "large"}:
+                raise ConfigError(
+                    f"{name} must name the small and the large VLM, got {sorted(getattr(self, name))}."
+                )
         if not 1 <= self.groups <= self.examples:
             raise ConfigError(
                 f"There are {self.groups} groups of {self.examples} examples: 1 or more expected."
@@ -128,7 +141,7 @@ class Calibration:
     def settings(self) -> dict[str, Any]:
         """Return the fields of `SGLConfig` that are fixed by the calibration."""
         names = ("exit_threshold", "keep_ratio", "prune_layer", "exit_score", "consistency_keep_ratio")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "keep_scope", "max_new_tokens")}
 
     def to_json(self) -> str:
         """Return the file's text."""
@@ -172,14 +185,26 @@ def read_calibration(path: str | Path) -> Calibration:
         ) from error
 
 
-def mismatches(calibration: Calibration, pair: Mapping[str, str]) -> list[str]:
-    """Return a sentence for each VLM of ``pair``, {"small": fingerprint, ...}, that is another one."""
-    return [
+def mismatches(calibration: Calibration, pair: Mapping[str, str], compute: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each VLM that is another one, or computes in another way, than was calibrated.
+
+    Parameters
+    ----------
+    pair, compute
+        By "small" and "large": `checkpoint_fingerprint`, and `compute_of`.
+    """
+    told = [
         f"The {name} VLM is not the one that was calibrated on {calibration.date} (fingerprint "
         f"{pair.get(name, 'unknown')[:12]}, calibrated {known[:12]}): the promise does not cover it. Run "
         "`sgl-vlm calibrate` with this pair."
         for name, known in sorted(calibration.pair.items(), reverse=True)
         if pair.get(name) != known
+    ]
+    return told + [
+        f"The {name} VLM computes in {compute.get(name)}, it was calibrated in {known}: scores and answers "
+        "differ a little, and the promise does not cover it."
+        for name, known in sorted(calibration.compute.items(), reverse=True)
+        if compute.get(name) != known
     ]
 
 
@@ -205,17 +230,12 @@ class ExitChoice:
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """The large VLM at one pruning setting: scores (n,) in [0, 1] of the examples, mean seconds of each."""
+    """The large VLM at one pruning setting: scores in [0, 1] and seconds (n,) of the examples."""
 
     keep_ratio: float
     prune_layer: int | float
     scores: np.ndarray
-    seconds: float
-
-    @property
-    def accuracy(self) -> float:
-        """Mean score."""
-        return float(np.mean(self.scores))
+    seconds: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,7 +326,8 @@ def choose_calls(
     """Return the highest exit threshold at which the large VLM is asked at most ``calls`` of the time.
 
     ``P(C(threshold) <= calls) >= 1 - delta``, where ``C(t)`` is the expectation, over groups, of the share
-    whose decision score is below t. C and the p-value grow with t, so that the candidates may be the scores
+    whose decision score is below t: where images have unequal numbers of questions, the share of all requests
+    may be another. C and the p-value grow with t, so that the candidates may be the scores
     themselves. The test is binomial, exact, for single examples and Hoeffding-Bentkus over groups. Nothing is
     promised about accuracy.
 
@@ -396,7 +417,7 @@ def choose_pruning(
     ordered = sorted(settings, key=lambda setting: (-setting.keep_ratio, -setting.prune_layer))
     passed = tuple(_fixed_sequence(ordered, p_value, delta))
     if passed:
-        return PruningChoice(min(passed, key=lambda setting: setting.seconds), passed, "")
+        return PruningChoice(min(passed, key=lambda setting: float(np.mean(setting.seconds))), passed, "")
     number = int(group.max()) + 1
     note = f"No keep ratio is shown to lose at most {alpha:g} with confidence {1 - delta:g}: do not prune"
     return PruningChoice(None, (), f"{note}{_or_more_examples(number, alpha, delta)}")
@@ -460,13 +481,14 @@ def _why_no_exit(holds: bool, size: int, alpha: float, delta: float) -> str:
 def _or_more_examples(size: int, alpha: float, delta: float) -> str:
     needed = _least(lambda number: loss_p_value(np.zeros(number), alpha, delta) <= delta)
     if size < needed:
-        return f". {size} independent examples are too few: even where nothing is lost it takes {needed}."
+        told = f"{needed}" if needed < _MANY else f"more than {_MANY}"
+        return f". {size} independent examples are too few: even where nothing is lost it takes {told}."
     return f", tolerate a larger loss, or calibrate with more than {size} independent examples."
 
 
 def _least(enough: Callable[[int], bool]) -> int:
-    """Return about the least number, on a scale of steps of a twentieth, that is ``enough``."""
+    """Return about the least number, on a scale of steps of a twentieth, that is ``enough``; or `_MANY`."""
     number = 1
-    while not enough(number):
+    while number < _MANY and not enough(number):
         number += 1 + number // 20
-    return number
+    return min(number, _MANY)

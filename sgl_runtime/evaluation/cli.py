@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sgl_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
+    from sgl_runtime.config import SGLConfig
     from sgl_runtime.evaluation.calibrating import Candidate
+    from sgl_runtime.evaluation.calibration import Calibration
 
 
 def evaluate(
@@ -36,7 +38,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="At most so many examples.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random ranking, and of the draw with --limit.")] = 0,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave broken rows out.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer, in tokens; default 32, or the calibration's.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Examples that go through the VLMs together.")] = 1,
     calibration: Annotated[
         Path | None,
@@ -49,20 +53,24 @@ def evaluate(
 ) -> None:
     """Answer a data set with the small VLM, the large one, and the large one pruned in several ways, and
     score all of it side by side."""
-    from sgl_runtime.config import SGLConfig
     from sgl_runtime.evaluation import data as data_sets
     from sgl_runtime.evaluation import report, results
     from sgl_runtime.evaluation.calibration import read_calibration
     from sgl_runtime.evaluation.examples import draw_examples
     from sgl_runtime.evaluation.methods import make_methods
     from sgl_runtime.evaluation.rankings import find_ranking
+    from sgl_runtime.evaluation.table import markdown, table
     from sgl_runtime.pipeline import SGLPipeline
 
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out must be a directory, {out} is a file.")
     promise = None if calibration is None else read_calibration(calibration)
     settings = [read_setting(text) for text in setting or ["0.4@0.4", "0.2@0.2", "0.05@0.05"]]
+    names = ranking or ["guided", "oracle", "fastv", "random"]
     if promise is not None and promise.keep_ratio < 1:
         settings.append((promise.keep_ratio, promise.prune_layer))
-    rankings = [find_ranking(name) for name in ranking or ["guided", "oracle", "fastv", "random"]]
+        names = ["guided", *(name for name in names if name != "guided")]
+    rankings = [find_ranking(name) for name in names]
     drawn = seed if limit is not None else None
     dataset = data_sets.load(
         data,
@@ -75,18 +83,22 @@ def evaluate(
     )
     for row in dataset.bad:
         typer.echo(f"Left out: row {row.line}: {row.reason}", err=True)
-    config = SGLConfig(max_new_tokens=max_new_tokens, max_batch=batch, compile=False)
+    config = _config(promise, dataset.metric, max_new_tokens, batch)
     pipe = SGLPipeline.from_pretrained(small, large, config=config, device=device, dtype=dtype)
     methods = make_methods(rankings, settings, pipe.large.num_layers)
     file = out / "results.jsonl"
-    found = results.run(pipe, dataset, methods, file, checkpoints=(small, large), seed=seed)
-    rows = results.table(found, dataset)
+    try:
+        found = results.run(pipe, dataset, methods, file, checkpoints=(small, large), seed=seed)
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped. What is answered is in {file}; the same command goes on from there.", err=True)
+        raise
+    rows = table(found, dataset)
     examples = draw_examples(pipe, dataset, found, out / "examples", pictures)
     page = report.write_report(found, out, dataset=dataset, examples=examples, calibration=promise)
     if as_json:
         typer.echo(json.dumps({"table": rows, "errors": found.errors}))
     else:
-        typer.echo(results.markdown(rows, dataset.metric))
+        typer.echo(markdown(rows, dataset.metric))
         for number, error in list(found.errors.items())[:10]:
             typer.echo(f"No answer: {number}: {error}", err=True)
         typer.echo(f"{len(found.errors)} without answer. Written: {file}, {page}")
@@ -116,6 +128,8 @@ def calibrate(
     from sgl_runtime.evaluation import calibrating
     from sgl_runtime.evaluation import results as stored
 
+    if out.is_dir() or (out.exists() and out.samefile(results)):
+        raise ConfigError(f"--out must be the file of the calibration to write, {out} is something else.")
     chosen = None if setting is None else read_setting(setting)
     found = calibrating.calibrate(
         stored.load(results),
@@ -137,6 +151,24 @@ def calibrate(
     if found.candidates[0].seconds >= unpruned:
         typer.echo("  Nothing that keeps the promise is faster than that, without drafts and overlap.")
     typer.echo(f"Written, the first: {out}. SGLConfig.from_file({str(out)!r}) reads it.")
+
+
+def _config(promise: Calibration | None, metric: str, max_new_tokens: int | None, batch: int) -> SGLConfig:
+    """Return what is answered with: for a promise, what it was made with."""
+    from sgl_runtime.config import SGLConfig
+    from sgl_runtime.evaluation.metrics import METRICS
+
+    given: dict[str, Any] = {"max_new_tokens": 32}
+    if promise is not None:
+        names = ("max_new_tokens", "exit_score", "consistency_keep_ratio", "keep_scope")
+        given = {name: promise.settings()[name] for name in names}
+        if promise.promise == "accuracy" and not METRICS[metric].automatic:
+            raise ConfigError(
+                f"A promise of accuracy cannot be checked with the metric {metric!r}: it needs a judge."
+            )
+    if max_new_tokens is not None:
+        given["max_new_tokens"] = max_new_tokens
+    return SGLConfig(**given, max_batch=batch, compile=False)
 
 
 def _told(candidate: Candidate) -> str:

@@ -10,35 +10,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from sgl_runtime.config import token_ratio
 from sgl_runtime.engine import VLM
 from sgl_runtime.errors import ConfigError, SGLError
-from sgl_runtime.evaluation.data import DataSet, Example
-from sgl_runtime.evaluation.intervals import bootstrap
+from sgl_runtime.evaluation.data import DataSet, Example, open_source
 from sgl_runtime.evaluation.methods import Answered, Key, Method, answer_batch
 from sgl_runtime.evaluation.metrics import METRICS, Metric
 from sgl_runtime.evaluation.rankings import code_of
 from sgl_runtime.files import whole_file
-from sgl_runtime.fingerprint import checkpoint_fingerprint
+from sgl_runtime.fingerprint import checkpoint_fingerprint, compute_of
 from sgl_runtime.pipeline import SGLPipeline
 
 FORMAT = 1
+_HEADER = {"pair", "data set", "settings", "seed", "versions"}
 _SETTINGS = ("max_new_tokens", "consistency_keep_ratio", "exit_score", "keep_scope")
 Row = dict[str, Any]
 
@@ -89,8 +89,15 @@ def make_header(
 
 
 def describe(dataset: DataSet) -> dict[str, Any]:
-    """Return what tells a data set from others: name, metric, what is asked, counts, hash of the examples."""
-    rows = json.dumps([asdict(example) for example in dataset.examples], sort_keys=True, default=str)
+    """Return what tells a data set from others: name, metric, what is asked, counts, hash of the examples.
+
+    The hash covers what images hold, not where they lie.
+    """
+    examples = [
+        {**asdict(example), "images": [_content(image) for image in example.images]}
+        for example in dataset.examples
+    ]
+    rows = json.dumps(examples, sort_keys=True, default=str)
     return {
         "name": dataset.name,
         "metric": dataset.metric,
@@ -167,16 +174,17 @@ def run(
     with _Appender(path, header) as appender:
         before = appender.results
         _check_code(path, before.rows, code)
-        done = {(row["id"], _key(row)) for row in before.rows}
+        done = {(row["id"], key_of(row)) for row in before.rows}
         missing = {
             example.id: tuple(m for m in methods if (example.id, m.key) not in done)
             for example in dataset.examples
         }
         left = [example for example in dataset.examples if missing[example.id]]
-        lines: list[Row] = [{"run": _this_run(pipe)}]
+        size = batch or pipe.config.max_batch
+        lines: list[Row] = [{"run": _this_run(pipe, size)}]
         total, known = len(dataset.examples), dict(before.errors)
         with tqdm(total=total, initial=total - len(left), desc=dataset.name, unit="example") as bar:
-            for some in _batches(left, missing, batch or pipe.config.max_batch):
+            for some in _batches(left, missing, size):
                 wanted = missing[some[0].id]
                 outcomes = answer_batch(pipe, some, wanted, suffix=metric.suffix, seed=seed)
                 for example, outcome in zip(some, outcomes, strict=True):
@@ -188,92 +196,12 @@ def run(
     return load(path)
 
 
-def table(results: Results, dataset: DataSet | None = None) -> list[Row]:
-    """Return a row per method: mean score with its interval, time, and the share of visual tokens.
-
-    Parameters
-    ----------
-    dataset
-        Where given, metrics that are more than a mean (MME) add their own numbers under "summary".
-
-    Returns
-    -------
-    list of dict
-        ``method``, ``keep_ratio``, ``prune_layer``, ``token_ratio`` (design: average over the layers; None
-        for "small" and "large"), ``count`` (examples), ``mean``, ``low``, ``high`` (95 % bootstrap interval;
-        images are drawn, not questions; None where a judge is needed), ``stages`` (mean seconds of those in
-        `methods.Answered`) and their sum ``seconds``, ``summary``.
-    """
-    by_method: dict[Key, list[Row]] = {}
-    for row in results.rows:
-        by_method.setdefault(_key(row), []).append(row)
-    examples = {} if dataset is None else {example.id: example for example in dataset.examples}
-    metric, layers = METRICS[results.header["data set"]["metric"]], results.header["pair"]["large"]["layers"]
-    found = []
-    for (name, keep_ratio, prune_layer), rows in by_method.items():
-        scores = [row["score"] for row in rows]
-        interval, summary = None, {}
-        if metric.automatic:
-            interval = bootstrap(scores, [row["group"] for row in rows])
-        if metric.automatic and examples:
-            summary = metric.summary(scores, [examples[row["id"]] for row in rows])
-        found.append(
-            {
-                "method": name,
-                "keep_ratio": keep_ratio,
-                "prune_layer": prune_layer,
-                "token_ratio": _token_ratio(keep_ratio, prune_layer, layers),
-                "count": len(rows),
-                **{name: getattr(interval, name, None) for name in ("mean", "low", "high")},
-                "seconds": float(np.mean([row["seconds"] for row in rows])),
-                "stages": _mean_stages(rows),
-                "summary": summary,
-            }
-        )
-    return found
-
-
-def markdown(rows: list[Row], metric: str) -> str:
-    """Return the rows of `table` as a Markdown table; shares in percent."""
-    scale = 100 if METRICS[metric].shares else 1
-    summaries = list(dict.fromkeys(name for row in rows for name in row["summary"]))
-    titles = [
-        "method",
-        "keep ratio",
-        "prune layer",
-        "token ratio",
-        "examples",
-        "score",
-        "seconds",
-        *summaries,
-    ]
-    lines = [titles, ["---"] * len(titles)]
-    for row in rows:
-        mean, low, high = (row[name] for name in ("mean", "low", "high"))
-        ratio, layer = row["keep_ratio"], row["prune_layer"]
-        lines.append(
-            [
-                row["method"],
-                "" if ratio is None else f"{ratio:g}",
-                "" if layer is None else str(layer),
-                "" if ratio is None else f"{100 * row['token_ratio']:.0f} %",
-                str(row["count"]),
-                "" if mean is None else f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
-                f"{row['seconds']:.3f}",
-                *(
-                    f"{scale * row['summary'][name]:.1f}" if name in row["summary"] else ""
-                    for name in summaries
-                ),
-            ]
-        )
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
 class _Appender:
     """A results file that is open for appending, by one process; `results` is what it held before."""
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
         try:
             self._lock.acquire()
@@ -308,9 +236,15 @@ class _Appender:
     def append(self, rows: Iterable[Row]) -> None:
         """Write rows and wait until they are on the disk."""
         left = b"".join(map(_line, rows))
-        while left:
-            left = left[os.write(self._file, left) :]
-        os.fsync(self._file)
+        try:
+            while left:
+                left = left[os.write(self._file, left) :]
+            os.fsync(self._file)
+        except OSError as error:
+            raise OSError(
+                f"{self._path} could not be written: {error.strerror}. What is in it stays; when there is "
+                "room, the same command goes on from there."
+            ) from error
 
 
 def _read(path: Path) -> tuple[Results, int]:
@@ -329,13 +263,17 @@ def _read(path: Path) -> tuple[Results, int]:
                 break  # a crash has cut it
             if header is None:
                 header = found.get("header") if found else None
-                if not isinstance(header, dict) or header.get("format") != FORMAT:
+                if (
+                    not isinstance(header, dict)
+                    or header.get("format") != FORMAT
+                    or not header.keys() >= _HEADER
+                ):
                     raise ConfigError(
                         f"{path} is not a results file of this version. Give another name to write to."
                     )
             elif found is not None and "run" in found:
                 runs.append(found["run"])
-            elif found is None or "id" not in found:
+            elif found is None or not _is_row(found):
                 raise ConfigError(
                     f"{path}, line {number} is damaged, and not by a crash: there are lines behind it. "
                     "Restore the file, or cut the line."
@@ -344,7 +282,7 @@ def _read(path: Path) -> tuple[Results, int]:
                 errors[found["id"]] = found["error"]
             else:
                 errors.pop(found["id"], None)
-                rows[found["id"], _key(found)] = found
+                rows[found["id"], key_of(found)] = found
             whole += len(line)
     if header is None:
         raise ConfigError(f"{path} is empty. Delete it, or give another name to write to.")
@@ -362,6 +300,29 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def _is_row(found: dict[str, Any]) -> bool:
+    """Return whether a line is as `_lines` writes it: files are also edited by hand."""
+
+    def number(name: str, least: float, most: float) -> bool:
+        value = found.get(name)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+    if not all(isinstance(found.get(name), str) for name in ("id", "group")):
+        return False
+    if "error" in found:
+        return isinstance(found["error"], str)
+    scores = ("decision_score", "confidence") if found.get("method") == "small" else ()
+    return (
+        all(isinstance(found.get(name), str) for name in ("method", "prediction"))
+        and (found.get("keep_ratio") is None or number("keep_ratio", 0, 1))
+        and (found.get("prune_layer") is None or number("prune_layer", 0, math.inf))
+        and ("score" in found and (found["score"] is None or number("score", 0, 1)))
+        and number("seconds", 0, 1e9)
+        and isinstance(found.get("stages"), dict)
+        and all(number(name, 0, 1) for name in scores)
+    )
+
+
 def _lines(
     metric: Metric,
     example: Example,
@@ -370,7 +331,8 @@ def _lines(
     code: dict[str, str | None],
 ) -> Iterator[Row]:
     """What to write of an example; ``known`` errors, which are kept up to date, are not repeated."""
-    about = {"id": example.id, "group": example.images[0]}
+    group = example.extra.get("group", _content(example.images[0])[:16])
+    about = {"id": example.id, "group": str(group)}
     if isinstance(outcome, SGLError):
         told = f"{type(outcome).__name__}: {outcome}"
         if known.get(example.id) != told:
@@ -400,12 +362,22 @@ def _score(metric: Metric, prediction: str, example: Example) -> float | None:
     return float(metric.score(prediction, example)) if metric.automatic else None
 
 
-def _mean_stages(rows: list[Row]) -> dict[str, float]:
-    names = dict.fromkeys(name for row in rows for name in row["stages"])
-    return {name: float(np.mean([row["stages"].get(name, 0.0) for row in rows])) for name in names}
+def _content(image: str) -> str:
+    """Return a hash of what an entry of `Example.images` holds; what cannot be read is known by its name."""
+    try:
+        stat = os.stat(image.partition("#bytes=")[0])
+        return _hash(image, stat.st_mtime_ns, stat.st_size)
+    except OSError:
+        return image
 
 
-def _this_run(pipe: SGLPipeline) -> dict[str, str]:
+@cache
+def _hash(image: str, *_stamp: int) -> str:
+    source = open_source(image)
+    return hashlib.sha256(source if isinstance(source, bytes) else Path(source).read_bytes()).hexdigest()
+
+
+def _this_run(pipe: SGLPipeline, batch: int) -> dict[str, str]:
     device = pipe.large.model.device
     info = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
@@ -414,7 +386,7 @@ def _this_run(pipe: SGLPipeline) -> dict[str, str]:
         machine = f"{torch.cuda.get_device_name(device)}, {machine}"
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": f"{machine}, {torch.get_num_threads()} threads, {platform.system()}",
+        "machine": f"{machine}, {torch.get_num_threads()} threads, {platform.system()}, batches of {batch}",
     }
 
 
@@ -457,22 +429,14 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _describe(vlm: VLM, source: str | Path) -> dict[str, Any]:
-    kinds = {type(weight.data).__name__ for weight in vlm.decoder.layers[0].parameters()}
     return {
         "fingerprint": checkpoint_fingerprint(source),
         "layers": vlm.num_layers,
-        "dtype": str(vlm.model.dtype).removeprefix("torch."),
-        "weights": sorted(kinds),  # other than Tensor: quantised
+        "compute": compute_of(vlm),
     }
 
 
-def _token_ratio(keep_ratio: float | None, prune_layer: int | None, layers: int) -> float | None:
-    if keep_ratio is None or prune_layer is None:
-        return None
-    return token_ratio(layers, prune_layer, keep_ratio)
-
-
-def _key(row: Row) -> Key:
+def key_of(row: Row) -> Key:
     return row["method"], row["keep_ratio"], row["prune_layer"]
 
 

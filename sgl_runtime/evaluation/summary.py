@@ -13,7 +13,8 @@ from sgl_runtime.evaluation.data import DataSet, Example
 from sgl_runtime.evaluation.intervals import bootstrap, bootstrap_difference
 from sgl_runtime.evaluation.methods import Key
 from sgl_runtime.evaluation.metrics import METRICS
-from sgl_runtime.evaluation.results import Results, Row, describe, table
+from sgl_runtime.evaluation.results import Results, Row, describe
+from sgl_runtime.evaluation.table import table
 
 _SHARES = tuple(step / 10 for step in range(1, 11))
 _CURVE = 201  # points of a curve, at most
@@ -46,11 +47,11 @@ def summarize(
     -------
     dict
         ``header`` of the results. ``examples``: how many there are, were answered by every method, failed,
-        were skipped, are missing. ``methods``: the rows of `results.table`, small alone and large unpruned
-        first, each with its ``label`` and ``difference`` (mean, low, high; paired, to large unpruned; over
-        the examples that both answered). ``stages``: mean seconds by stage of what a user would run: either VLM alone, and the
-        small one guiding. ``front``: see `_front`, and ``exits``: see `_exits`; None without a guided method
-        or without scores.
+        were skipped, are missing, and in how many groups (images). ``methods``: the rows of `table.table`,
+        small alone and large unpruned first, each with its ``label`` and ``difference`` (mean, low, high;
+        paired, to large unpruned; over what both answered). ``stages``: mean seconds by stage of what a user
+        would run: either VLM alone, and the small one guiding. ``front``: see `_front`, and ``exits``: see
+        `_exits`; None without a guided method or without scores.
         ``disagreements``: what large unpruned won against ``routed_to``, the most first, and their
         ``disagreement_count``. ``errors`` and ``skipped``: what has no answer, and why.
 
@@ -81,6 +82,7 @@ def summarize(
             "errors": len(results.errors),
             "skipped": results.header["data set"]["bad"],
             "missing": count - len(answered | set(results.errors)),
+            "groups": len({row["group"] for row in results.rows}),
         },
         "runs": results.runs,
         "methods": rows,
@@ -99,9 +101,9 @@ def _labels(rows: list[Row]) -> list[str]:
 
     Of settings with about the same token ratio, "guided at 36 % (0.2 @ 2)".
     """
-    names = {"small": "small alone", "large": "large unpruned"}
-    short = [
-        names.get(row["method"], row["method"])
+    names: dict[str, str] = {"small": "small alone", "large": "large unpruned"}
+    short: list[str] = [
+        names.get(row["method"], str(row["method"]))
         if row["token_ratio"] is None
         else f"{row['method']} at {100 * row['token_ratio']:.0f} %"
         for row in rows
@@ -126,8 +128,11 @@ def _by_key(results: Results) -> dict[Key, dict[str, Row]]:
     for row in results.rows:
         found.setdefault((row["method"], row["keep_ratio"], row["prune_layer"]), {})[row["id"]] = row
     if not found:
+        first = next(iter(results.errors.items()), None)
+        told = "" if first is None else f", the first of {first[0]}: {first[1].rstrip('.')}"
         raise ConfigError(
-            f"The results hold no answer yet and {len(results.errors)} errors. Run `sgl-vlm eval` to its end."
+            f"The results hold no answer and {len(results.errors)} errors{told}. Run `sgl-vlm eval` to its "
+            "end, or mend what it failed on."
         )
     lacking = [name for name in ("small", "large") if (name, None, None) not in found]
     if lacking:

@@ -49,7 +49,7 @@ def make_results() -> tuple[Results, DataSet]:
                     "decision_score": (confidence + consistency) / 2,
                 }
             rows.append(row)
-    vlm = {"fingerprint": "ab" * 32, "layers": LAYERS, "dtype": "float32", "weights": ["Tensor"]}
+    vlm = {"fingerprint": "ab" * 32, "layers": LAYERS, "compute": "float32"}
     header = {
         "format": 1,
         "pair": {"small": vlm, "large": vlm},

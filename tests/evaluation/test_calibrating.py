@@ -41,11 +41,22 @@ def make_results(
             rows.append(row | ({"decision_score": sure} if method == "small" else {}))
     header = {
         "pair": {
-            "small": {"fingerprint": fingerprints[0], "layers": 8},
-            "large": {"fingerprint": fingerprints[1], "layers": 10},
+            "small": {"fingerprint": fingerprints[0], "layers": 8, "compute": "float32"},
+            "large": {"fingerprint": fingerprints[1], "layers": 10, "compute": "float32"},
         },
-        "data set": {"name": "made up", "metric": "exact", "sha256": "c" * 64},
-        "settings": {"exit_score": "both", "consistency_keep_ratio": 0.05},
+        "data set": {
+            "name": "made up",
+            "metric": "exact",
+            "suffix": "",
+            "sha256": "c" * 64,
+            "count": count,
+        },
+        "settings": {
+            "exit_score": "both",
+            "consistency_keep_ratio": 0.05,
+            "keep_scope": "request",
+            "max_new_tokens": 8,
+        },
         "versions": {"sgl-vlm": "0"},
     }
     return Results(header, rows)
@@ -119,7 +130,11 @@ def test_a_chosen_setting_shares_delta() -> None:
         (one.setting.keep_ratio, one.setting.prune_layer): (one.exits.threshold, one.seconds)
         for one in found.candidates
     }
-    assert told == expected
+    assert {key: value[0] for key, value in told.items()} == {
+        key: value[0] for key, value in expected.items()
+    }
+    for key, (_, seconds) in expected.items():
+        assert told[key][1] == pytest.approx(seconds)  # each image has two questions
     assert [one.seconds for one in found.candidates] == sorted(one.seconds for one in found.candidates)
     made = found.calibration
     assert (made.keep_ratio, made.prune_layer, made.exit_threshold) == (0.5, 4, shared[0.5, 4].threshold)
@@ -143,6 +158,35 @@ def test_the_fastest_is_measured_with_its_exits() -> None:
     by_setting = {one.setting.keep_ratio: one for one in found.candidates}
     assert by_setting[0.2].exits.exit_share < by_setting[0.5].exits.exit_share
     assert found.calibration.keep_ratio == 0.5
+
+
+def test_times_are_of_the_examples_that_stay() -> None:
+    """Where hard questions are slow, exits save less than their share."""
+    results = make_results()
+    sure = {row["id"]: row["decision_score"] for row in results.rows if row["method"] == "small"}
+    for row in results.rows:
+        if row["method"] == "guided":
+            row["seconds"] = 1 - sure[row["id"]]
+    made = search(results, setting=(0.5, 4))
+    decision = arrays(results, ("small", None, None), "decision_score")
+    expected = 1.0 + np.mean((decision < made.calibration.exit_threshold) * (1 - decision))
+    assert made.candidates[0].seconds == pytest.approx(expected)
+
+
+def test_doubtful_results_are_told() -> None:
+    results = make_results()
+    few = replace(results, rows=[row for row in results.rows if row["id"] != "7"])
+    assert f"Only {COUNT - 1} of {COUNT} examples were answered by all" in search(few).note
+    runs = [{"started": "2026-01-01T00:00:00+00:00", "machine": f"abacus, batches of {n}"} for n in (1, 8)]
+    assert "several sizes" in search(replace(results, runs=runs)).note
+    assert search(replace(results, runs=runs[:1])).note == ""
+
+
+def test_a_promise_without_pruning_needs_no_guided_answers() -> None:
+    results = make_results()
+    made = replace(run(results)[0], keep_ratio=1.0, prune_layer=0)
+    unguided = replace(results, rows=[row for row in results.rows if row["method"] in ("small", "large")])
+    assert check(unguided, made)["mean"] == check(results, made)["mean"]
 
 
 def test_no_pruning_is_a_candidate() -> None:
@@ -184,6 +228,10 @@ def test_a_budget_of_calls() -> None:
     assert (made.promise, made.alpha) == ("calls", 0.5)
     chosen, _ = run(results, calls=0.5)  # half of delta for the choice of pruning
     assert (chosen.keep_ratio, chosen.prune_layer) == (0.5, 4)
+    slow = make_results()
+    for row in slow.rows:
+        row["seconds"] *= 3 if row["method"] == "guided" else 1
+    assert run(slow, calls=0.5)[0].keep_ratio == 1.0  # which is the fastest then
     assert chosen.exit_threshold == choose_calls(decision, calls=0.5, delta=0.05, groups=groups).threshold
 
 
@@ -207,9 +255,21 @@ def test_a_promise_is_checked_on_other_examples(changes: dict[str, Any]) -> None
     assert found["exit_share"] == pytest.approx(exited.mean())
     assert found["kept"] == (expected.mean() <= made.alpha)
     assert (found["routed_to"], found["groups"]) == (("guided", 0.5, 4), COUNT // 2)
-    assert (found["same_pair"], found["same_data"]) == (True, False)
+    assert (found["differences"], found["same_data"]) == ([], False)
     assert check(results, made)["same_data"]
-    assert not check(make_results(("a" * 64, "x" * 64)), made)["same_pair"]
+    other = make_results(("a" * 64, "x" * 64))
+    other.header["pair"]["small"]["compute"] = "bfloat16"
+    other.header["settings"]["max_new_tokens"] = 1
+    other.header["data set"]["metric"] = "relaxed"
+    told = check(other, made)["differences"]
+    expected = [
+        "large VLM is not",
+        "small VLM computes in bfloat16",
+        "max_new_tokens was 8",
+        "metric was 'exact'",
+    ]
+    assert len(told) == 4
+    assert all(part in sentence for part, sentence in zip(expected, told, strict=True))
 
 
 def test_a_promise_is_kept_for_whatever_is_chosen() -> None:
@@ -259,11 +319,11 @@ def test_the_file_becomes_a_config_that_knows_its_pair(
     made, _ = run(make_results(prints), setting=(0.5, 4))
     file = tmp_path / "calibration.json"
     made.write(file)
-    config = SGLConfig.from_file(file, max_new_tokens=8)
+    config = SGLConfig.from_file(file, max_batch=4)
     assert (config.keep_ratio, config.prune_layer) == (0.5, 4)
     assert config.exit_threshold == made.exit_threshold
     assert config == SGLConfig(
-        keep_ratio=0.5, prune_layer=4, exit_threshold=made.exit_threshold, max_new_tokens=8
+        keep_ratio=0.5, prune_layer=4, exit_threshold=made.exit_threshold, max_new_tokens=8, max_batch=4
     )
     with pytest.raises(ConfigError, match="fixes keep_ratio"):
         SGLConfig.from_file(file, keep_ratio=0.1)
@@ -273,5 +333,18 @@ def test_the_file_becomes_a_config_that_knows_its_pair(
     with caplog.at_level(logging.WARNING):
         SGLPipeline.from_pretrained(tiny.SMALL, tiny.SMALL, config=config)
     assert "The large VLM is not the one that was calibrated" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        SGLPipeline.from_pretrained(tiny.SMALL, tiny.LARGE, config=config, dtype="bfloat16")
+    assert "The large VLM computes in bfloat16, it was calibrated in float32" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        plain = SGLPipeline.from_pretrained(tiny.SMALL, tiny.SMALL)
+        assert not caplog.text
+        changed = plain.with_config(config)
+        assert "The large VLM is not the one that was calibrated" in caplog.text
+        caplog.clear()
+        changed.with_config(replace(config, max_batch=2))
+    assert not caplog.text  # it has been said
     assert replace(config, max_batch=2).calibration is config.calibration
     assert replace(config, keep_ratio=0.4).calibration is None

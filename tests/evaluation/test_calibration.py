@@ -259,14 +259,14 @@ def test_calls_by_hand() -> None:
 
 
 def settings(*rows: tuple[float, float, float]) -> list[Setting]:
-    return [Setting(keep, 2, np.full(4, accuracy), seconds) for keep, accuracy, seconds in rows]
+    return [Setting(keep, 2, np.full(4, accuracy), np.full(4, seconds)) for keep, accuracy, seconds in rows]
 
 
 def _pruned(generator: np.random.Generator, losses: dict[float, float], size: int) -> list[Setting]:
     """Right at 0.8 less the loss; a lower keep ratio is faster, but 0.2 is slower than 0.4."""
     noise = generator.random(size)
     return [
-        Setting(keep, 2, (noise < 0.8 - loss).astype(float), 0.5 if keep == 0.2 else keep)
+        Setting(keep, 2, (noise < 0.8 - loss).astype(float), np.full(size, 0.5 if keep == 0.2 else keep))
         for keep, loss in losses.items()
     ]
 
@@ -330,7 +330,7 @@ def test_bad_budgets_and_settings_are_told() -> None:
             choose_calls(GOOD, calls=calls)
     with pytest.raises(SGLError, match="at least one keep ratio"):
         choose_pruning([], GOOD, alpha=0.1)
-    uneven = [*settings((1, 1, 1)), Setting(0.5, 2, np.ones(3), 1.0)]
+    uneven = [*settings((1, 1, 1)), Setting(0.5, 2, np.ones(3), np.ones(3))]
     with pytest.raises(SGLError, match=r"keep_ratio=0\.5 must have one value per example: got 3 for 4"):
         choose_pruning(uneven, np.ones(4), alpha=0.1)
 
@@ -341,11 +341,16 @@ CALIBRATION = Calibration(
     prune_layer=2,
     exit_score="both",
     consistency_keep_ratio=0.05,
+    keep_scope="request",
+    max_new_tokens=8,
     promise="accuracy",
     alpha=0.02,
     delta=0.1,
     procedure=LOSS_PROCEDURE,
     pair={"small": "a" * 64, "large": "b" * 64},
+    compute={"small": "float32", "large": "float32"},
+    metric="exact",
+    suffix="",
     data_set="tiny scenes",
     data_sha256="c" * 64,
     examples=1200,
@@ -402,7 +407,7 @@ def test_a_wrong_file_says_what_is_wrong(tmp_path: Path, change: dict[str, objec
     [
         ("", "not JSON"),
         ("[]", "no calibration"),
-        (json.dumps({"format": FORMAT, "alpha": 0.1}), "lacks consistency_keep_ratio, data_set"),
+        (json.dumps({"format": FORMAT, "alpha": 0.1}), "lacks compute, consistency_keep_ratio, data_set"),
     ],
 )
 def test_another_file_is_told(tmp_path: Path, text: str, told: str) -> None:
@@ -420,10 +425,18 @@ def test_a_missing_or_binary_file_is_told(tmp_path: Path) -> None:
 
 
 def test_another_pair_is_told() -> None:
-    assert mismatches(CALIBRATION, {"small": "a" * 64, "large": "b" * 64}) == []
-    [large] = mismatches(CALIBRATION, {"small": "a" * 64, "large": "c" * 64})
+    pair, compute = CALIBRATION.pair, CALIBRATION.compute
+    assert mismatches(CALIBRATION, pair, compute) == []
+    [large] = mismatches(CALIBRATION, {"small": "a" * 64, "large": "c" * 64}, compute)
     assert "The large VLM" in large
     assert "cccccccccccc, calibrated bbbbbbbbbbbb" in large
-    small, large = mismatches(CALIBRATION, {"small": "d" * 64})
+    small, large = mismatches(CALIBRATION, {"small": "d" * 64}, compute)
     assert "The small VLM" in small
     assert "unknown" in large
+    [large] = mismatches(CALIBRATION, pair, {"small": "float32", "large": "float32, Int8Tensor"})
+    assert "The large VLM computes in float32, Int8Tensor, it was calibrated in float32" in large
+
+
+def test_tiny_alphas_are_refused_quickly() -> None:
+    decision, small, large = np.ones((3, 50))
+    assert "it takes more than 100000" in choose_threshold(decision, small, large, alpha=1e-9).note

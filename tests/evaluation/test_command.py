@@ -74,6 +74,49 @@ def test_calibrate(out: Path, tmp_path: Path) -> None:
     assert "few" in str(done.exception or done.stdout)  # three scenes cannot promise that
 
 
+def test_a_promise_is_checked_on_other_scenes(data: Path, out: Path, tmp_path: Path) -> None:
+    """Without being asked for: the guided answers at its setting, and its settings."""
+    file = tmp_path / "calibration.json"
+    results_file = str(out / "results.jsonl")
+    arguments = ["--out", str(file), "--setting", "0.5@4", "--alpha", "0.9", "--delta", "0.5"]
+    assert CliRunner().invoke(app, ["calibrate", results_file, *arguments]).exit_code == 0
+    others = export("test", 2, tmp_path / "others")
+    pair = ("--small", str(tiny.SMALL), "--large", str(tiny.LARGE), "--data", str(others))
+    more = ("--ranking", "random", "--setting", "0.2@2", "--calibration", str(file), "--pictures", "0")
+    done = CliRunner().invoke(app, ["eval", *pair, "--out", str(tmp_path / "run"), *more])
+    assert done.exit_code == 0, done.output
+    promise = json.loads((tmp_path / "run" / "report.json").read_text())["promise"]
+    assert promise["routed_to"] == ["guided", 0.5, 4]
+    assert promise["differences"] == []  # 8 new tokens, as it was calibrated
+    assert not promise["same_data"]
+    done = CliRunner().invoke(
+        app, ["eval", *pair, "--out", str(tmp_path / "judged"), *more, "--metric", "judge"]
+    )
+    assert "it needs a judge" in str(done.exception)
+    assert not (tmp_path / "judged").exists()
+
+
+def test_places_that_cannot_be_written_are_told_first(data: Path, out: Path, tmp_path: Path) -> None:
+    found = out / "results.jsonl"
+    before = found.read_bytes()
+    for target in (found, tmp_path):
+        done = CliRunner().invoke(app, ["calibrate", str(found), "--out", str(target)])
+        assert "must be the file of the calibration to write" in str(done.exception)
+    assert found.read_bytes() == before
+    done = evaluate(data, found)
+    assert "--out must be a directory" in str(done.exception)
+
+
+def test_an_interrupt_says_how_to_go_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "run", interrupt)
+    done = evaluate(data, tmp_path / "new")
+    assert done.exit_code == 130
+    assert "the same command goes on from there" in done.output
+
+
 @pytest.mark.parametrize("text", ["0.2", "0.2@", "a@1", "0.2@x"])
 def test_settings_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="KEEP_RATIO@PRUNE_LAYER"):

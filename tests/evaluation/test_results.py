@@ -24,8 +24,10 @@ from sgl_runtime.evaluation import results as results_module
 from sgl_runtime.evaluation.data import BadRow, DataSet, Example, load
 from sgl_runtime.evaluation.intervals import bootstrap
 from sgl_runtime.evaluation.methods import Answered, Method, make_methods
+from sgl_runtime.evaluation.metrics import METRICS
 from sgl_runtime.evaluation.rankings import RANKINGS
-from sgl_runtime.evaluation.results import Results, markdown, run, table
+from sgl_runtime.evaluation.results import Results, run
+from sgl_runtime.evaluation.table import markdown, table
 from sgl_runtime.fingerprint import checkpoint_fingerprint
 from sgl_runtime.tiny.scenes import make_scene
 
@@ -437,3 +439,73 @@ def test_fingerprints_tell_weights_and_settings_apart(tmp_path: Path) -> None:
     assert len(others | {expected}) == 3
     with pytest.raises(CheckpointError, match="could not be read as safetensors"):
         checkpoint_fingerprint(tmp_path / "short")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": None},
+        {"score": "abc"},
+        {"score": 1.5},
+        {"seconds": -100},
+        {"stages": None},
+        {"group": 3},
+        {"id": ["a"]},
+        {"decision_score": None},
+        {"prediction": None},
+        {"keep_ratio": "0.2"},
+    ],
+)
+def test_lines_edited_by_hand_are_told(
+    pipe: SGLPipeline,
+    dataset: DataSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+) -> None:
+    out = tmp_path / "results.jsonl"
+    go(pipe, dataset, out, monkeypatch)
+    lines = out.read_text().splitlines()
+    assert json.loads(lines[2])["method"] == "small"
+    edited = {**json.loads(lines[2]), **change}
+    out.write_text("\n".join([*lines[:2], json.dumps(edited), *lines[3:]]) + "\n")
+    with pytest.raises(ConfigError, match="line 3 is damaged"):
+        results_module.load(out)
+    header = json.loads(lines[0])["header"]
+    del header["pair"]
+    out.write_text("\n".join([json.dumps({"header": header}), *lines[1:]]) + "\n")
+    with pytest.raises(ConfigError, match="not a results file of this version"):
+        results_module.load(out)
+
+
+def test_images_are_known_by_what_they_hold(tmp_path: Path) -> None:
+    """Copies are one group, moved files the same data, changed ones other data."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(b"one")
+
+    def dataset_in(folder: Path, **extra: Any) -> DataSet:
+        examples = [
+            Example(name, (str(folder / f"{name}.png"),), "question", ("answer",), extra) for name in "ab"
+        ]
+        return DataSet("two", "exact", tuple(examples), ())
+
+    def groups(dataset: DataSet) -> set[str]:
+        answered = [Answered(make_methods([], [], LAYERS)[0], "answer", STAGES)]
+        lines = [
+            next(results_module._lines(METRICS["exact"], example, answered, {}, {}))
+            for example in dataset.examples
+        ]
+        return {line["group"] for line in lines}
+
+    here = dataset_in(tmp_path)
+    assert len(groups(here)) == 1
+    assert groups(dataset_in(tmp_path, group=7)) == {"7"}
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("a", "b"):
+        (moved / f"{name}.png").write_bytes(b"one")
+    before = results_module.describe(here)
+    assert results_module.describe(dataset_in(moved)) == before
+    (tmp_path / "b.png").write_bytes(b"two other pixels")
+    assert len(groups(here)) == 2
+    assert results_module.describe(here)["sha256"] != before["sha256"]

@@ -11,8 +11,9 @@ import pytest
 from sgl_runtime.errors import ConfigError
 from sgl_runtime.evaluation.data import DataSet
 from sgl_runtime.evaluation.intervals import bootstrap_difference
-from sgl_runtime.evaluation.results import Results, table
+from sgl_runtime.evaluation.results import Results
 from sgl_runtime.evaluation.summary import summarize
+from sgl_runtime.evaluation.table import table
 
 from .made_results import COUNT, make_results, rows_of
 
@@ -202,7 +203,14 @@ def test_what_is_missing_is_counted() -> None:
     ]
     partial = Results(results.header, rows, {"1": "ImageError: it is torn"})
     found = summarize(partial, dataset)
-    assert found["examples"] == {"count": 60, "answered": 57, "errors": 1, "skipped": 1, "missing": 2}
+    assert found["examples"] == {
+        "count": 60,
+        "answered": 57,
+        "errors": 1,
+        "skipped": 1,
+        "missing": 2,
+        "groups": 29,
+    }
     assert found["skipped"] == [[7, "it has no image"]]
     assert {row["method"]: row["count"] for row in found["methods"]}["random"] == 57
     assert json.loads(json.dumps(found, allow_nan=False))["errors"] == partial.errors
@@ -228,7 +236,7 @@ def test_every_table_has_small_alone_and_large_unpruned(name: str) -> None:
 
 def test_nothing_to_report() -> None:
     results, dataset = make_results()
-    with pytest.raises(ConfigError, match="no answer yet and 1 errors"):
+    with pytest.raises(ConfigError, match="no answer and 1 errors, the first of 1: ImageError: it is torn"):
         summarize(Results(results.header, [], {"1": "ImageError: it is torn"}))
     with pytest.raises(ConfigError, match=r"no answers of \('guided', 0.3, 2\); there are"):
         summarize(results, routed_to=("guided", 0.3, 2))
