@@ -77,14 +77,19 @@ def refuse_url(name: str) -> None:
     """Raise ImageError for a URL."""
     if _URL.match(name):
         raise ImageError(
-            f"{name[:200]} is a URL, and URLs are never fetched. Download it first and give the file."
+            f"{cut(name)} is a URL, and URLs are never fetched. Download it first and give the file."
         )
 
 
 def reason(error: BaseException) -> str:
     """Return the kind of an error and the first line of what it says."""
     text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {cut(text.splitlines()[0], 200)}" if text else type(error).__name__
+
+
+def cut(text: str, longest: int = 80) -> str:
+    """Return a text for a message: of a longer one its first characters."""
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def _stream(source: Image) -> tuple[str, Any]:
@@ -104,13 +109,13 @@ def _stream(source: Image) -> tuple[str, Any]:
         if path.is_dir():
             raise ImageError(f"{name} is a directory; give one image file.")
         if not path.is_file():
-            raise ImageError(f"There is no image file {name}.")
+            raise ImageError(f"There is no image file {cut(name, 200)}.")
         if path.stat().st_size == 0:
             raise ImageError(f"{name} is 0 bytes long.")
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: an unknown ~user
         if isinstance(error, ImageError):
             raise
-        raise ImageError(f"{name!r} cannot be opened ({reason(error)}).") from error
+        raise ImageError(f"{cut(repr(name))} cannot be opened ({reason(error)}).") from error
     return name, path
 
 

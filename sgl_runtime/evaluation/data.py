@@ -8,18 +8,19 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sgl_runtime.errors import ConfigError, DataError, SGLError
 from sgl_runtime.evaluation.layouts import LAYOUTS, find, with_choices
-from sgl_runtime.evaluation.metrics import METRICS, Metric
+from sgl_runtime.evaluation.metrics import METRICS, Metric, choices_problem
 from sgl_runtime.evaluation.readers import EMBEDDED, Entries, Row, embedded_image
-from sgl_runtime.images import reason
+from sgl_runtime.images import cut, reason
 
 _SHOWN = 10  # bad rows that an error lists
+_DEEPEST = 50  # lists and objects in each other: those of many more cannot be copied or written again
 # Columns by the names that are accepted for them; every other column goes to ``extra``.
 _NAMES = {
     "id": ("id", "question_id"),
@@ -39,7 +40,7 @@ class Example:
     images : absolute paths; ``<path>#bytes=<first>-<end>`` inside a TSV file. `open_source` takes both
     question : what is asked, options included, the metric's suffix not
     answers : accepted answers, or one per annotator
-    extra : what the metric needs beside: choices, box, category, ...
+    extra : what the metric needs beside: choices, box, category, ...; ``group``, where there is one, a text
     """
 
     id: str
@@ -86,7 +87,8 @@ def load(
     layout
         A name of `layouts.LAYOUTS`, or "auto".
     metric
-        A name of `METRICS`; default the layout's, "exact" for JSONL and Parquet.
+        A name of `METRICS`; default the layout's, for JSONL and Parquet "multiple_choice" where every usable
+        row has choices, else "exact".
     image_root
         Where relative image paths start; default the file's directory, then the one above, and in each the
         folders that the benchmark keeps images in.
@@ -110,8 +112,9 @@ def load(
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, got {limit}.")
     name, file = find(Path(os.path.abspath(path)), layout)
-    used = metric or LAYOUTS[name].metric
-    examples, bad = _read(name, file, METRICS[used], _image_folders(name, file, image_root))
+    rows = list(_rows(name, file, _image_folders(name, file, image_root)))
+    used = metric or _default_metric(name, rows)
+    examples, bad = _checked(rows, METRICS[used])
     if bad and not (skip_bad and examples):
         raise DataError(_complaint(file, len(examples), bad))
     if not examples:
@@ -135,19 +138,32 @@ def _image_folders(layout: str, file: Path, image_root: str | os.PathLike[str] |
     return [root / folder for root in roots for folder in (*LAYOUTS[layout].folders, "")]
 
 
-def _read(
-    layout: str, file: Path, metric: Metric, folders: Sequence[Path]
-) -> tuple[list[Example], list[BadRow]]:
-    examples: dict[str, tuple[int, Example]] = {}
-    bad: list[BadRow] = []
+def _rows(layout: str, file: Path, folders: Sequence[Path]) -> Iterator[tuple[int, Example | str]]:
+    """Yield each row's line with its example, or with why it cannot be used by any metric."""
     for line, entry in _entries(layout, file):
         try:
-            example = _example(_row(LAYOUTS[layout].row, entry), line, folders)
-            problem = metric.problem(example)
-            if problem is None and example.id in examples:
-                problem = f"its id {example.id!r} is that of line {examples[example.id][0]}"
+            yield line, _example(_row(LAYOUTS[layout].row, entry), line, folders)
         except _RowError as error:
-            problem = str(error)
+            yield line, str(error)
+
+
+def _default_metric(layout: str, rows: Sequence[tuple[int, Example | str]]) -> str:
+    examples = [example for _, example in rows if isinstance(example, Example)]
+    own = LAYOUTS[layout].metric
+    all_have_choices = bool(examples) and all("choices" in example.extra for example in examples)
+    return "multiple_choice" if own == "exact" and all_have_choices else own
+
+
+def _checked(rows: Sequence[tuple[int, Example | str]], metric: Metric) -> tuple[list[Example], list[BadRow]]:
+    examples: dict[str, tuple[int, Example]] = {}
+    bad: list[BadRow] = []
+    for line, example in rows:
+        if isinstance(example, str):
+            bad.append(BadRow(line, example))
+            continue
+        problem = metric.problem(example)
+        if problem is None and example.id in examples:
+            problem = f"its id {cut(repr(example.id))} is that of line {examples[example.id][0]}"
         if problem is None:
             examples[example.id] = (line, example)
         else:
@@ -170,11 +186,33 @@ class _RowError(Exception):
 
 def _row(read: Callable[[Any], Row], entry: Any) -> Row:
     try:
-        return read(entry)
+        row = read(entry)
+        for column, value in row.items():
+            _check_texts({column: value}, column)
+        return row
     except KeyError as error:
-        raise _RowError(f"{error} is missing") from error
+        raise _RowError(f"{cut(str(error))} is missing") from error
+    except RecursionError as error:
+        raise _RowError("lists or objects in it are nested too deep to be read") from error
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise _RowError(str(error)) from error
+
+
+def _check_texts(value: Any, column: str, depth: int = 0) -> None:
+    """Refuse what could be read and not written again: too deep, or no Unicode."""
+    if depth > _DEEPEST:
+        raise _RowError(f"{cut(repr(column))} is nested more than {_DEEPEST} deep")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise _RowError(
+                f"{cut(repr(column))} holds half a character, a lone surrogate, which is no text: "
+                f"{cut(repr(value))}"
+            ) from error
+    inner = (*value, *value.values()) if isinstance(value, dict) else value
+    for one in inner if isinstance(inner, (list, tuple)) else ():
+        _check_texts(one, column, depth + 1)
 
 
 def _example(row: Row, line: int, folders: Sequence[Path]) -> Example:
@@ -182,10 +220,14 @@ def _example(row: Row, line: int, folders: Sequence[Path]) -> Example:
     extra = {key: value for key, value in row.items() if not any(key in names for names in _NAMES.values())}
     question = given["question"]
     if not isinstance(question, str) or not question.strip():
-        raise _RowError(f"question must be a text, got {question!r}")
-    choices = extra.get("choices")
-    if isinstance(choices, list):
-        question = with_choices(question, choices)
+        raise _RowError(f"question must be a text, got {cut(repr(question))}")
+    if "choices" in extra:
+        problem = choices_problem(extra["choices"])
+        if problem is not None:
+            raise _RowError(problem)
+        question = with_choices(question, extra["choices"])
+    if "group" in extra:
+        extra["group"] = _plain(extra["group"], "group")
     number = given["id"]
     return Example(
         id=f"line-{line}" if number is None else _plain(number, "id"),
@@ -211,7 +253,7 @@ def _plain(value: Any, column: str) -> str:
     """Return a text or a number as text."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not (is_number or isinstance(value, str)) or not str(value).strip():
-        raise _RowError(f"{column} must hold texts or numbers, got {value!r}")
+        raise _RowError(f"{column} must hold texts or numbers, got {cut(repr(value))}")
     return str(value)
 
 
@@ -224,15 +266,15 @@ def _images(given: Any, folders: Sequence[Path]) -> tuple[str, ...]:
 
 def _image(image: Any, folders: Sequence[Path]) -> str:
     if not isinstance(image, str) or not image:
-        raise _RowError(f"an image must be the path of a file, got {str(image)[:80]!r}")
+        raise _RowError(f"an image must be the path of a file, got {cut(repr(image))}")
     place = EMBEDDED.fullmatch(image)
     if place is not None and os.path.isfile(place[1]):
         return image
     for folder in folders:
         file = folder / image  # an absolute path stays what it is
-        if file.is_file():
+        if os.path.isfile(file):  # is_file() raises where a name is too long for one
             return os.path.abspath(file)
-    raise _RowError(f"image {image} is not in {' or '.join(dict.fromkeys(map(str, folders)))}")
+    raise _RowError(f"image {cut(image)} is not in {' or '.join(dict.fromkeys(map(str, folders)))}")
 
 
 def _complaint(file: Path, usable: int, bad: Sequence[BadRow]) -> str:

@@ -23,11 +23,12 @@ from sgl_runtime.evaluation.readers import (
     listed,
     mapped,
     parquet_entries,
-    parquet_row,
     read_json,
     read_plain_pickle,
     tsv_records,
+    without_nulls,
 )
+from sgl_runtime.images import cut
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,9 @@ def _mmbench_entries(path: Path) -> Entries:
     records = tsv_records(path)
     header = next(records, (0, 0, 0, []))[3]
     if not {"index", "question", "image", "A", "B"} <= set(header):
-        raise DataError(f"{path} must have the columns index, question, image, A and B, got {header}.")
+        raise DataError(
+            f"{path} must have the columns index, question, image, A and B, got {cut(str(header))}."
+        )
     rows: list[tuple[int, Row]] = []
     places: dict[str, str] = {}
     for line, begin, end, fields in records:
@@ -251,7 +254,9 @@ def _mme_row(entry: tuple[str, Path, int, str, Path | None]) -> Row:
         raise ValueError(f"{text} has no image of its name")
     question, tab, answer = line.rpartition("\t")
     if not tab:
-        raise ValueError(f"line {number} of {text} must be a question, a tab, and Yes or No, got {line!r}")
+        raise ValueError(
+            f"line {number} of {text} must be a question, a tab, and Yes or No, got {cut(repr(line))}"
+        )
     return {
         "id": f"{category}/{text.stem}/{number}",
         "image": str(image.absolute()),
@@ -396,7 +401,7 @@ LAYOUTS: dict[str, Layout] = {
         folders=("train2014", "images/train2014", "images/mscoco/images/train2014", ""),
     ),
     "jsonl": Layout("exact", "*.jsonl", _named(r".*\.jsonl"), jsonl_entries, jsonl_row),
-    "parquet": Layout("exact", "*.parquet", _named(r".*\.parquet"), parquet_entries, parquet_row),
+    "parquet": Layout("exact", "*.parquet", _named(r".*\.parquet"), parquet_entries, without_nulls),
 }
 
 

@@ -150,7 +150,7 @@ def answer_batch(
     Raises
     ------
     ConfigError
-        A ranking did not return what it should.
+        A user's ranking failed, or did not return what it should.
     MemoryLimitError
         The batch does not fit.
     """
@@ -166,8 +166,9 @@ def answer_batch(
         except SGLError as error:
             found[i] = error
     if prompts:
-        seeds = [_seed(seed, examples[i].id) for i in prompts]
-        answered = _Comparison(pipe, Batch(pipe, list(prompts.values()), seeds)).run(methods)
+        ids = [examples[i].id for i in prompts]
+        batch = Batch(pipe, list(prompts.values()), [_seed(seed, each) for each in ids], ids)
+        answered = _Comparison(pipe, batch).run(methods)
         for i, outcome in zip(prompts, answered, strict=True):
             found[i] = outcome
     return found

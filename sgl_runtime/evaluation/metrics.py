@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sgl_runtime.errors import ConfigError, DataError
+from sgl_runtime.images import cut
 
 if TYPE_CHECKING:
     from sgl_runtime.evaluation.data import Example
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # LLaVA, docs/Evaluation.md: short-answer and option-only questions.
 _SHORT = "\nAnswer the question using a single word or phrase."
 _LETTER = "\nAnswer with the option's letter from the given choices directly."
+_MOST_CATEGORIES = 50  # each is a column of the report
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,7 @@ def mme_scores(scores: Sequence[float], examples: Sequence[Example]) -> dict[str
     A category's score is accuracy plus accuracy+, in percent, so at most 200: accuracy+ is the share of
     images both of whose questions are right (arXiv 2306.13394, section 2.2). Images of which `scores` hold
     one question only (a sample was drawn) count for accuracy alone; a category without a whole pair has no
-    score.
+    score. Of more than 50 categories, which are not MME's own, the sums alone.
     """
     questions: dict[str, dict[tuple[str, ...], list[float]]] = defaultdict(lambda: defaultdict(list))
     for score, example in zip(scores, examples, strict=True):
@@ -252,7 +254,8 @@ def mme_scores(scores: Sequence[float], examples: Sequence[Example]) -> dict[str
             out[category] = 100 * (accuracy + _mean([float(min(pair) == 1) for pair in pairs]))
     cognition = sum(score for category, score in out.items() if category in _COGNITION)
     total = sum(out.values())
-    return out | {"perception": total - cognition, "cognition": cognition, "total": total}
+    sums = {"perception": total - cognition, "cognition": cognition, "total": total}
+    return out | sums if len(out) <= _MOST_CATEGORIES else sums
 
 
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
@@ -307,11 +310,19 @@ def _judged(prediction: str, example: Example) -> float:
 
 
 def category_means(scores: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
-    """Return the mean score per ``extra["category"]``; nothing where no example has one."""
+    """Return the mean score per ``extra["category"]``, a text or a whole number.
+
+    Nothing where no example has one, one is something else, or there are more than 50.
+    """
     grouped = defaultdict(list)
     for score, example in zip(scores, examples, strict=True):
         if "category" in example.extra:
-            grouped[str(example.extra["category"])].append(score)
+            category = example.extra["category"]
+            if type(category) not in (str, int):
+                return {}
+            grouped[str(category)].append(score)
+    if len(grouped) > _MOST_CATEGORIES:
+        return {}
     return {category: _mean(group) for category, group in sorted(grouped.items())}
 
 
@@ -344,37 +355,44 @@ def _needs_answer_and_rapidfuzz(example: Example) -> str | None:
     return _needs_answer(example)
 
 
+def choices_problem(choices: Any) -> str | None:
+    """Tell what is wrong with a question's choices, which get a letter each; None where nothing is."""
+    is_list = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+    if not is_list or not 2 <= len(choices) <= len(string.ascii_uppercase):
+        count = f"{len(choices)}: " if isinstance(choices, list) else ""
+        return f"choices must be a list of 2 to 26 texts, got {count}{cut(repr(choices))}"
+    return None
+
+
 def _needs_choices(example: Example) -> str | None:
-    choices = example.extra.get("choices")
-    if (
-        not isinstance(choices, list)
-        or not 2 <= len(choices) <= 26
-        or not all(isinstance(c, str) for c in choices)
-    ):
-        return f"choices must be a list of 2 to 26 texts, got {choices!r}"
+    choices: Any = example.extra.get("choices")
+    problem = choices_problem(choices)
+    if problem is not None:
+        return problem
     if not example.answers:
         return "it has no answer"
     if _right_option(example) is None:
         return (
-            f"the answer must be one of the {len(choices)} choices or its letter, got {example.answers[0]!r}"
+            f"for multiple_choice the answer must be one of the {len(choices)} choices or its letter, "
+            f"got {cut(repr(example.answers[0]))}"
         )
     return None
 
 
 def _needs_yes_or_no(example: Example) -> str | None:
     if not example.answers or yes_or_no(example.answers[0]) is None:
-        return f"the answer must be yes or no, got {', '.join(example.answers) or 'none'}"
+        return f"the answer must be yes or no, got {cut(', '.join(example.answers)) or 'none'}"
     return None if "category" in example.extra else "it has no category"
 
 
 def _needs_box(example: Example) -> str | None:
     scale = example.extra.get("box_scale", "relative")
     if scale not in ("relative", "pixels"):
-        return f"box_scale must be relative or pixels, got {scale!r}"
+        return f"box_scale must be relative or pixels, got {cut(repr(scale))}"
     box = _numbers(example.extra.get("box"))
     if len(box) != 4 or _area(*box) <= 0:
         given = example.extra.get("box")
-        return f"box must be [x1, y1, x2, y2] in pixels with x1 < x2 and y1 < y2, got {given!r}"
+        return f"box must be [x1, y1, x2, y2] in pixels with x1 < x2 and y1 < y2, got {cut(repr(given))}"
     size = _numbers([example.extra.get("width"), example.extra.get("height")])
     if scale == "relative" and not (size and min(size) > 0):
         return "width and height of the image, in pixels, must be given"

@@ -33,6 +33,7 @@ from sgl_runtime.clock import Clock
 from sgl_runtime.engine import VLM
 from sgl_runtime.errors import ConfigError, SGLError
 from sgl_runtime.guidance import Guidance, guide
+from sgl_runtime.images import cut, reason
 from sgl_runtime.pipeline import SGLPipeline
 from sgl_runtime.requests import Answer, Prompt, Request
 
@@ -50,12 +51,17 @@ class Batch:
         The small and the large VLM's prompt of each example.
     seeds
         Of each example's random numbers.
+    ids
+        Of the examples.
     """
 
-    def __init__(self, pipe: SGLPipeline, prompts: list[tuple[Prompt, Prompt]], seeds: list[int]) -> None:
+    def __init__(
+        self, pipe: SGLPipeline, prompts: list[tuple[Prompt, Prompt]], seeds: list[int], ids: list[str]
+    ) -> None:
         self.small, self.large, self.config = pipe.small, pipe.large, pipe.config
         self.prompts = prompts
         self.seeds = seeds
+        self.ids = ids
         self.small_clock, self.vision_clock, self.large_clock = (
             Clock(self.large.model.device) for _ in range(3)
         )
@@ -100,12 +106,14 @@ class Context:
     ----------
     small, large : the two VLMs
     prune_layer : layer K of the large VLM on whose entry tokens are pruned
+    id : of the example
     """
 
     def __init__(self, batch: Batch, number: int, prune_layer: int) -> None:
         self.small: VLM = batch.small
         self.large: VLM = batch.large
         self.prune_layer = prune_layer
+        self.id = batch.ids[number]
         self._batch = batch
         self._number = number
 
@@ -160,9 +168,9 @@ class Ranking(Protocol):
     name: str
 
     def rank(self, context: Context) -> Tensor:
-        """Return (1, N), fp32 or what becomes it: the largest of the large VLM's N visual tokens stay.
+        """Return (1, N), real numbers that become fp32: the largest of the large VLM's N visual tokens stay.
 
-        Of equal ones the earlier stays; NaN ranks below everything.
+        Of equal ones the earlier stays; NaN ranks below everything, and not all may be NaN.
         """
 
 
@@ -289,16 +297,39 @@ def rank(ranking: Ranking, context: Context) -> Tensor:
     Raises
     ------
     ConfigError
-        It returned anything else than a tensor of that shape.
+        A user's ranking raised something else than `SGLError` or that memory ran out, or it returned anything
+        else than a tensor of that shape of real numbers, not all NaN.
     """
-    found, count = ranking.rank(context), context.large_request.prompt.num_visual
+    device = context.large.model.device
+    if is_built_in(ranking):
+        return ranking.rank(context).to(device, torch.float32)
+    try:
+        found: object = ranking.rank(context)
+    except (SGLError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # anything may go wrong in a user's code
+        raise ConfigError(
+            f"The ranking {ranking.name!r} failed on example {cut(context.id)}: {reason(error)}. "
+            "Mend its `rank`."
+        ) from error
+    count = context.large_request.prompt.num_visual
     if not isinstance(found, Tensor) or found.shape != (1, count):
         told = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise ConfigError(
             f"The ranking {ranking.name!r} must return a tensor (1, {count}), one number per visual token of "
             f"the large VLM, got {told}. What ranks the small VLM's tokens goes through context.to_large()."
         )
-    return found.to(context.large.model.device, torch.float32)
+    if found.dtype == torch.bool or found.is_complex():
+        raise ConfigError(
+            f"The ranking {ranking.name!r} must return real numbers, got {found.dtype}. Return fp32, the "
+            "largest for the tokens that are to stay."
+        )
+    if found.isnan().all():
+        raise ConfigError(
+            f"The ranking {ranking.name!r} is NaN for all {count} visual tokens of example "
+            f"{cut(context.id)}, which ranks none of them. Mend its `rank`."
+        )
+    return found.to(device, torch.float32)
 
 
 def is_built_in(ranking: Ranking) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sgl_runtime.errors import ConfigError, DataError
+from sgl_runtime.images import reason
 
 Row = dict[str, Any]
 Entries = Iterable[tuple[int, Any]]  # line (or place in a JSON list, from 1) and what stands there
@@ -22,7 +23,7 @@ def read_json(path: Path) -> Any:
     """Return what a JSON file holds; DataError when it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not a JSON file that can be read: {error}.") from error
 
 
@@ -54,29 +55,30 @@ def jsonl_entries(path: Path) -> Entries:
 
 
 def jsonl_row(text: bytes) -> Row:
-    """Return one line of a JSONL file as a row; ValueError when it is none."""
+    """Return one line of a JSONL file as a row, without what is null in it; ValueError when it is none."""
     row = json.loads(text.decode("utf-8-sig"))
     if not isinstance(row, dict):
         raise ValueError(f"a line must be an object, got {type(row).__name__}")
-    return row
+    return without_nulls(row)
 
 
 def parquet_entries(path: Path) -> Entries:
-    """Yield the rows of a Parquet file."""
+    """Yield the rows of a Parquet file; DataError when it cannot be read to its end."""
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise ConfigError('Parquet needs pyarrow, which is not here: pip install "sgl-vlm[eval]".') from error
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is not a Parquet file that can be read: {error}.") from error
-    with file:
-        batches = (batch.to_pylist() for batch in file.iter_batches())
-        yield from enumerate((row for batch in batches for row in batch), 1)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            batches = (batch.to_pylist() for batch in file.iter_batches())
+            yield from enumerate((row for batch in batches for row in batch), 1)
+    except (OSError, pyarrow.ArrowException) as error:  # a damaged page is an OSError
+        raise DataError(
+            f"{path} is not a Parquet file that can be read ({reason(error)}). Write or download it again."
+        ) from error
 
 
-def parquet_row(row: Row) -> Row:
+def without_nulls(row: Row) -> Row:
     """Return a row without the columns that are null in it."""
     return {key: value for key, value in row.items() if value is not None}
 

@@ -66,6 +66,118 @@ def test_a_metric_is_chosen(folder):
         load(write(folder, row()), metric="bleu")
 
 
+def test_choices_in_every_row_choose_the_metric(folder):
+    lettered, plain = row(answer="B", choices=["x", "y"]), row(choices=["x", "y"])
+    assert load(write(folder, lettered, plain)).metric == "multiple_choice"
+    assert load(write(folder, lettered, plain), metric="exact").metric == "exact"
+    assert load(write(folder, lettered, row())).metric == "exact"
+    assert load(write(folder, lettered, row() | {"choices": None})).metric == "exact"
+    found = load(write(folder, lettered, row(question=""), row(choices=["p", "q"])), skip_bad=True)
+    assert found.metric == "multiple_choice"
+    assert [(bad.line, bad.reason) for bad in found.bad] == [
+        (2, "question must be a text, got ''"),
+        (3, "for multiple_choice the answer must be one of the 2 choices or its letter, got 'x'"),
+    ]
+
+
+@pytest.mark.parametrize("metric", ["exact", "vqa", "multiple_choice", None])
+@pytest.mark.parametrize(
+    ("choices", "says"),
+    [
+        ([str(number) for number in range(27)], "got 27: ['0', '1', '2'"),
+        (["x"], "got 1: ['x']"),
+        ([], "got 0: []"),
+        ("x or y", "got 'x or y'"),
+        (["x", 2], "got 2: ['x', 2]"),
+    ],
+)
+def test_choices_that_cannot_be_asked(folder, metric, choices, says):
+    path = write(folder, row(choices=["x", "y"]), row(choices=choices))
+    [bad] = load(path, metric=metric, skip_bad=True).bad
+    assert bad.line == 2
+    assert bad.reason.startswith(f"choices must be a list of 2 to 26 texts, {says}")
+    alphabet = [f"{number}." for number in range(25)] + ["x"]
+    [example] = load(write(folder, row(choices=alphabet)), metric=metric).examples
+    assert example.question.endswith("\nZ. x")
+
+
+def test_groups_are_texts(folder):
+    path = write(folder, row(group="scene 1"), row(group=7), row(group=None), row())
+    extras = [example.extra for example in load(path).examples]
+    assert extras == [{"group": "scene 1"}, {"group": "7"}, {}, {}]
+    for wrong in ([1], {"a": 1}, True, "", float("nan")):
+        [bad] = load(write(folder, row(), row(group=wrong)), skip_bad=True).bad
+        assert (bad.line, bad.reason) == (2, f"group must hold texts or numbers, got {wrong!r}")
+
+
+LONE = "\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("id", LONE),
+        ("image", f"{LONE}.png"),
+        ("question", f"What {LONE}?"),
+        ("answer", LONE),
+        ("answer", ["x", LONE]),
+        ("category", LONE),
+        ("group", LONE),
+        ("choices", ["x", LONE]),
+        ("notes", {"by": [{"name": LONE}]}),
+        ("notes", {"by": {LONE: 1}}),
+        (LONE, 1),
+    ],
+)
+def test_half_a_character(folder, column, value):
+    """JSON can name one half of a pair of UTF-16; no file of results could hold it."""
+    path = write(folder, row(id="first"), {**row(), column: value}, row(id="last", question="\U0001f600?"))
+    found = load(path, skip_bad=True)
+    assert [example.id for example in found.examples] == ["first", "last"]
+    [bad] = found.bad
+    assert bad.line == 2
+    assert bad.reason.startswith(f"{column!r} holds half a character")
+    assert bad.reason.encode()
+
+
+@pytest.mark.parametrize(
+    ("deep", "reason"),
+    [
+        ("[" * 100_000, "nested too deep"),
+        ('{"image": "a.png", "notes": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deep"),
+        (row(notes=json.loads("[" * 60 + "]" * 60)), "'notes' is nested more than 50 deep"),
+    ],
+)
+def test_deep_rows(folder, deep, reason):
+    path = write(folder, row(id="first"), deep, row(id="last"))
+    found = load(path, skip_bad=True)
+    assert [example.id for example in found.examples] == ["first", "last"]
+    assert reason in found.bad[0].reason
+    [example] = load(write(folder, row(notes=json.loads("[" * 50 + "]" * 50)))).examples
+    assert json.dumps(example.extra["notes"]) == "[" * 50 + "]" * 50
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        row(image="data:image/png;base64," + "A" * 5000),
+        row(image=["A" * 5000]),
+        row(image={"bytes": "A" * 5000}),
+        row(question=["A" * 5000]),
+        row(answer=[["A" * 5000]]),
+        row(answer="A" * 5000, choices=["x", "y"]),
+        row(choices="A" * 5000),
+        row(id={"A" * 5000: 1}),
+    ],
+)
+def test_values_in_errors_are_cut(folder, wrong):
+    """Else an image that is given in base64 fills the terminal."""
+    [bad] = load(write(folder, row(choices=["x", "y"]), wrong), metric="multiple_choice", skip_bad=True).bad
+    assert "A" * 20 in bad.reason
+    assert "A" * 81 not in bad.reason
+    assert "…" in bad.reason
+
+
 def test_images_start_at_image_root(folder):
     (folder / "pictures").mkdir()
     os.rename(folder / "a.png", folder / "pictures" / "a.png")
@@ -179,6 +291,11 @@ def test_parquet(folder):
     assert [example.extra for example in found.examples] == [{}, {"category": "c"}]
     assert [bad.line for bad in found.bad] == [3]
     assert load(folder, skip_bad=True).examples == found.examples
+    damaged = bytearray((folder / "set.parquet").read_bytes())
+    damaged[4:40] = b"\xff" * 36  # the first page's header; the file's own is at its end
+    (folder / "damaged.parquet").write_bytes(damaged)
+    with pytest.raises(DataError, match=r"damaged\.parquet is not a Parquet file .* Write or download it"):
+        load(folder / "damaged.parquet")
     (folder / "broken.parquet").write_bytes(b"no")
     with pytest.raises(DataError, match="not a Parquet file"):
         load(folder / "broken.parquet")

@@ -222,6 +222,18 @@ def test_broken_entries_have_their_place(tmp_path):
     assert found.bad[1].line == 3
 
 
+def test_a_layouts_own_group_is_not_ours(tmp_path):
+    textvqa(tmp_path)
+    file = tmp_path / "TextVQA_0.5.1_val.json"
+    [entry] = json.loads(file.read_text())["data"]
+    put(file, {"data": [entry | {"group": ["of", "theirs"], "choices": "none"}]})
+    assert load(file).examples[0].extra == {}
+    header = ["index", "question", "A", "B", "answer", "group", "image"]
+    record = ["1", "What colour?", "red", "blue", "A", "7", encoded("red")]
+    tsv = put(tmp_path / "mmbench.tsv", "\n".join("\t".join(one) for one in [header, record]))
+    assert "group" not in load(tsv).examples[0].extra
+
+
 def test_files_of_another_structure(tmp_path):
     for name, content in (
         ("TextVQA_0.5.1_val.json", "{"),
@@ -230,6 +242,8 @@ def test_files_of_another_structure(tmp_path):
         ("v2_OpenEnded_mscoco_val2014_questions.json", {"questions": []}),
         ("refs(unc).p", "x"),
         ("odd.json", {"no": "questions"}),
+        ("test_human.json", "[" * 100_000),
+        ("deep.json", "[" * 100_000),
     ):
         with pytest.raises(DataError, match=r"Is it a file|cannot|can be read|missing|no data set"):
             load(put(tmp_path / name, content))

@@ -54,7 +54,7 @@ class Failing:
 
     name = "failing"
 
-    def __init__(self, error: SGLError) -> None:
+    def __init__(self, error: Exception) -> None:
         self.error = error
         self.calls = 0
 
@@ -238,6 +238,16 @@ def test_who_fails_is_answered_by_none(pipe: SGLPipeline, examples: list[Example
     for fatal in (MemoryLimitError("full"), ConfigError("wrong")):
         with pytest.raises(type(fatal)):
             answer_batch(pipe, examples[:3], make_methods([Failing(fatal)], [(0.5, 2)], LAYERS))
+
+
+def test_a_users_ranking_that_fails_is_named_with_its_example(
+    pipe: SGLPipeline, examples: list[Example]
+) -> None:
+    methods = make_methods([Failing(IndexError("out of range"))], [(0.5, 2)], LAYERS)
+    named = [replace(example, id=f"q{example.id}") for example in examples]
+    missing = replace(named[0], images=("/nowhere/missing.png",))
+    with pytest.raises(ConfigError, match="'failing' failed on example q2: IndexError: out of range"):
+        answer_batch(pipe, [named[0], missing, *named[2:]], methods)
 
 
 def test_an_example_that_makes_nan(pipe: SGLPipeline, examples: list[Example]) -> None:

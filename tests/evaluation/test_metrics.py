@@ -359,6 +359,21 @@ def test_means_per_category():
     assert METRICS["vqa"].summary([1, 0], [example(), example()]) == {}
 
 
+def test_more_than_50_categories_have_no_means():
+    examples = [example(category=number) for number in range(51)]
+    means = METRICS["exact"].summary([1] * 50, examples[:50])
+    assert means == {str(number): 1.0 for number in range(50)}
+    assert METRICS["exact"].summary([1] * 51, examples) == {}
+    assert METRICS["multiple_choice"].summary([1] * 51, examples) == {}
+    yes = [example("yes", images=(str(n // 2),), category=str(n // 2)) for n in range(102)]
+    assert METRICS["mme"].summary([1.0] * 102, yes) == {"perception": 10200, "cognition": 0, "total": 10200}
+
+
+@pytest.mark.parametrize("category", [["a"], {"a": 1}, True, 0.5])
+def test_categories_are_texts_or_whole_numbers(category):
+    assert METRICS["exact"].summary([1, 0], [example(category="a"), example(category=category)]) == {}
+
+
 def test_a_judge_is_needed():
     assert [name for name, metric in METRICS.items() if not metric.automatic] == ["judge"]
     with pytest.raises(DataError, match="MM-Vet"):

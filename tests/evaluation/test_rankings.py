@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sgl_runtime import SGLConfig, SGLPipeline, mapping, tiny
 from sgl_runtime.config import num_kept
-from sgl_runtime.errors import ConfigError
+from sgl_runtime.errors import ConfigError, NumericalError
 from sgl_runtime.evaluation.rankings import RANKINGS, Batch, Context, code_of, find_ranking, rank
 from sgl_runtime.requests import Prune
 
@@ -31,7 +31,10 @@ def bare(models: tuple[torch.nn.Module, torch.nn.Module]) -> SGLPipeline:
 
 def batch_of(pipe: SGLPipeline, *seeds: int) -> Batch:
     inputs = [slow.make_inputs(LAYOUT, seed=seed) for seed in seeds]
-    return Batch(pipe, [(pipe.small.prompt(each), pipe.large.prompt(each)) for each in inputs], list(seeds))
+    ids = [f"example {seed}" for seed in seeds]
+    return Batch(
+        pipe, [(pipe.small.prompt(each), pipe.large.prompt(each)) for each in inputs], list(seeds), ids
+    )
 
 
 def true_masses(model: torch.nn.Module, seed: int) -> dict[str, Tensor]:
@@ -107,7 +110,7 @@ def test_guided_keeps_what_the_pipeline_keeps(keep_ratio: float, prune_layer: in
             pipe.small.prompt(pipe.small_processor(*asked)),
             pipe.large.prompt(pipe.large_processor(*asked)),
         )
-        context = Context(Batch(pipe, [prompts], [0]), 0, prune_layer)
+        context = Context(Batch(pipe, [prompts], [0], ["0"]), 0, prune_layer)
         prune = Prune(
             prune_layer, rank(RANKINGS["guided"], context), num_kept(prompts[1].num_visual, keep_ratio)
         )
@@ -130,7 +133,7 @@ def test_other_grids_are_mapped(bare: SGLPipeline) -> None:
     for inputs, boxes in ((small, grid(0, 1)), (large, torch.cat((grid(0, 0.5), grid(0.5, 1))))):
         inputs |= {"visual_cells": boxes, "visual_image": torch.zeros(len(boxes), dtype=torch.int64)}
     prompts = bare.small.prompt(small), bare.large.prompt(large)
-    context = Context(Batch(bare, [prompts], [0]), 0, 1)
+    context = Context(Batch(bare, [prompts], [0], ["0"]), 0, 1)
     assert prompts[0].cells is not None
     assert prompts[1].cells is not None
     expected = mapping.rank(context.guidance.mass, prompts[0].cells, prompts[1].cells)
@@ -182,7 +185,8 @@ def test_the_example_keeps_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
         for processor in (pipe.small_processor, pipe.large_processor)
     ]
     prompts = [(pipe.small.prompt(inputs[0]), pipe.large.prompt(inputs[1]))]
-    got = rank(find_ranking("examples.centre_ranking:Centre"), Context(Batch(pipe, prompts, [0]), 0, 2))
+    context = Context(Batch(pipe, prompts, [0], ["0"]), 0, 2)
+    got = rank(find_ranking("examples.centre_ranking:Centre"), context)
     side = torch.arange(16) + 0.5 - 8
     expected = -(side[:, None] ** 2 + side**2).sqrt().flatten()[None] / 16
     torch.testing.assert_close(got, expected)
@@ -204,13 +208,55 @@ def test_what_is_no_ranking(name: str, message: str) -> None:
         find_ranking(name)
 
 
+class Own:
+    """A user's ranking, which returns or raises what it was made with."""
+
+    name = "own"
+
+    def __init__(self, made_with: object) -> None:
+        self.made_with = made_with
+
+    def rank(self, context: Context) -> Tensor:
+        if isinstance(self.made_with, BaseException):
+            raise self.made_with
+        return self.made_with  # type: ignore[return-value]
+
+
 @pytest.mark.parametrize("returned", [torch.zeros(32), torch.zeros(1, 16), [0.0] * 32, None])
 def test_a_ranking_of_another_shape(bare: SGLPipeline, returned: object) -> None:
-    class Wrong:
-        name = "wrong"
+    with pytest.raises(ConfigError, match=r"'own' must return a tensor \(1, 32\)"):
+        rank(Own(returned), Context(batch_of(bare, 4), 0, 1))
 
-        def rank(self, context: Context) -> Tensor:
-            return returned  # type: ignore[return-value]
 
-    with pytest.raises(ConfigError, match=r"'wrong' must return a tensor \(1, 32\)"):
-        rank(Wrong(), Context(batch_of(bare, 4), 0, 1))
+@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64])
+def test_a_ranking_of_no_real_numbers(bare: SGLPipeline, dtype: torch.dtype) -> None:
+    with pytest.raises(ConfigError, match=f"'own' must return real numbers, got {dtype}"):
+        rank(Own(torch.ones(1, 32, dtype=dtype)), Context(batch_of(bare, 4), 0, 1))
+
+
+def test_a_ranking_of_nan(bare: SGLPipeline) -> None:
+    """One NaN ranks below everything; nothing but NaN ranks nothing."""
+    context = Context(batch_of(bare, 3, 4), 1, 1)
+    ranking = torch.full((1, 32), torch.nan)
+    with pytest.raises(ConfigError, match="'own' is NaN for all 32 visual tokens of example example 4"):
+        rank(Own(ranking), context)
+    ranking[0, 7] = 1
+    assert rank(Own(ranking), context)[0, 7] == 1
+    assert rank(Own(torch.arange(32)[None]), context).dtype == torch.float32
+
+
+def test_a_ranking_that_fails(bare: SGLPipeline) -> None:
+    context = Context(batch_of(bare, 3, 4), 1, 1)
+    for error, told in (
+        (ValueError("no heads"), "ValueError: no heads"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (AssertionError(), "AssertionError"),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            rank(Own(error), context)
+        assert str(raised.value) == f"The ranking 'own' failed on example example 4: {told}. Mend its `rank`."
+        assert raised.value.__cause__ is error
+    for error in (NumericalError("NaN"), MemoryError(), torch.OutOfMemoryError(), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as passed:
+            rank(Own(error), context)
+        assert passed.value is error

@@ -98,6 +98,14 @@ def test_urls_are_never_fetched(url: str) -> None:
         open_image(url)
 
 
+@pytest.mark.parametrize("name", ["data:image/png;base64," + "A" * 9000, "A" * 9000, "A/" * 4500])
+def test_names_in_errors_are_cut(name: str) -> None:
+    with pytest.raises(ImageError) as failure:
+        open_image(name)
+    assert name[:20] in str(failure.value)
+    assert len(str(failure.value)) < 400
+
+
 def test_bad_files(tmp_path: Path) -> None:
     whole = _png(picture(200, 200))
     files = {
