@@ -19,6 +19,13 @@ _DIM = 0.22  # brightness of dropped patches
 _HEAT = 0.65  # share of the heat map's colour
 _SIDE = 384  # of a map, in points
 _SHOWN = 768  # longer side of a panel, in pixels
+_FAMILIES = (  # the first has Latin, Greek, Cyrillic; the others what it lacks, of Linux, Windows and macOS
+    "DejaVu Sans",
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei"),
+    *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic"),
+    *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS"),
+    *("Noto Emoji", "Segoe UI Emoji"),
+)
 
 
 class Panel(NamedTuple):
@@ -114,22 +121,45 @@ def draw_panels(
     return panels
 
 
+def drawable(text: str, instead: str) -> str:
+    """Return ``text`` where installed fonts have its characters, else ``instead``: no boxes for letters."""
+    from matplotlib.font_manager import findfont, get_font
+
+    fonts = [get_font(findfont(family)) for family in _installed()]
+    known = all(char.isspace() or any(font.get_char_index(ord(char)) for font in fonts) for char in text)
+    return text if known else instead
+
+
 def save_guidance(path: Path, panels: Sequence[Panel], *, title: str) -> None:
-    """Write a PNG of panels of one size side by side, whole or not at all; ``title`` is a line above them."""
+    """Write a PNG of panels of one size side by side, whole or not at all.
+
+    Parameters
+    ----------
+    title
+        Lines above the panels; left out where no installed font has its characters.
+    """
     # The object interface: pyplot would keep global state and look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     width, height = panels[0].image.size
-    figure = Figure(figsize=(3.6 * len(panels), 3.6 * min(2.0, height / width) + 0.9), layout="constrained")
+    above = 0.9 + 0.25 * title.count("\n")
+    figure = Figure(figsize=(3.6 * len(panels), 3.6 * min(2.0, height / width) + above), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13, parse_math=False)
+    figure.suptitle(drawable(title, ""), fontsize=13, fontfamily=_installed(), parse_math=False)
     for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
         axes.imshow(panel.image)
         axes.set_title(panel.caption, fontsize=10, parse_math=False)
         axes.set_axis_off()
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
+
+
+def _installed() -> list[str]:
+    from matplotlib.font_manager import fontManager
+
+    found = {font.name for font in fontManager.ttflist}
+    return [family for family in _FAMILIES if family in found]
 
 
 def _heated(image: Image.Image, values: np.ndarray) -> Image.Image:

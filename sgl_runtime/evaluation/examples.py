@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import starmap
 from pathlib import Path
 
 from sgl_runtime.errors import SGLError
@@ -13,10 +16,11 @@ from sgl_runtime.evaluation.metrics import METRICS
 from sgl_runtime.evaluation.results import Results
 from sgl_runtime.evaluation.summary import guided_key
 from sgl_runtime.images import open_image
-from sgl_runtime.pictures import guidance_panels, save_guidance
+from sgl_runtime.pictures import drawable, guidance_panels, save_guidance
 from sgl_runtime.pipeline import SGLPipeline
 
-_LONGEST = 90  # characters of a title
+_LONGEST = 90  # characters of a title's line
+_NAME = re.compile(r"(lost|kept)-[0-9a-f]{12}\.png")
 
 
 def draw_examples(
@@ -25,31 +29,44 @@ def draw_examples(
     results: Results,
     folder: Path,
     count: int,
-) -> list[Path]:
+    *,
+    key: Key | None = None,
+) -> list[tuple[Path, str]]:
     """Write at most ``count`` PNGs of examples with one image, half of them such as guidance lost.
 
     Parameters
     ----------
     pipe
-        What ``results`` were made with; asked again, without exits, at the guided setting of `guided_key`.
+        What ``results`` were made with; asked again, without exits.
     folder
-        Where to; each file is whole or not there.
+        Where to; each file is whole or not there. Those of an earlier call are removed.
+    key
+        Whose answers: guided at which setting (``routed_to`` of a report); default `guided_key`.
 
     Returns
     -------
-    list of Path
-        One of each image at most: first what was lost against the unpruned large VLM, then what was not.
+    list of (Path, str)
+        PNG and caption, one of each image at most: first what was lost against the unpruned large VLM, then
+        what was not.
     """
-    key = guided_key(results)
-    if key is None:
-        return []
+    key = key or guided_key(results)
+    drawn = [] if key is None else list(_drawn(pipe, dataset, results, folder, count, key))
+    for path in {path for path in folder.glob("*.png") if _NAME.fullmatch(path.name)} - {*dict(drawn)}:
+        path.unlink()
+    return drawn
+
+
+def _drawn(
+    pipe: SGLPipeline, dataset: DataSet, results: Results, folder: Path, count: int, key: Key
+) -> Iterator[tuple[Path, str]]:
+    _, keep_ratio, layer = key
+    who = "large VLM, unpruned" if keep_ratio is None else f"large VLM guided at {keep_ratio:g} @ {layer}"
     config = replace(
-        pipe.config, keep_ratio=key[1] or 1.0, prune_layer=key[2] or 0, exit_threshold=None, max_batch=1
+        pipe.config, keep_ratio=keep_ratio or 1.0, prune_layer=layer or 0, exit_threshold=None, max_batch=1
     )
-    pipe, suffix = pipe.with_config(config), METRICS[dataset.metric].suffix
-    pictures = []
+    pipe, metric = pipe.with_config(config), METRICS[dataset.metric]
     for example, lost in _chosen(dataset, results, key, count):
-        question = example.question + suffix
+        question = example.question + metric.suffix
         try:
             image = open_image(open_source(example.images[0]))
             result = pipe(image, question)
@@ -57,11 +74,15 @@ def draw_examples(
             continue
         name = hashlib.sha256(example.id.encode()).hexdigest()[:12]
         path = folder / f"{'lost' if lost else 'kept'}-{name}.png"
-        told = f"{_short(example.question)}  →  {_short(result.text or '')}"
-        title = f"{told}  (lost: {_short(example.answers[0])})" if lost and example.answers else told
+        told = {"question": example.question, who: result.text or "(nothing)"}
+        if example.answers:
+            told["right"] = "; ".join(dict.fromkeys(example.answers))
+        verdict = (
+            f"{'lost' if lost else 'not lost'} against large unpruned" if metric.automatic else "not scored"
+        )
+        title = "\n".join([*starmap(_line, told.items()), verdict])
         save_guidance(path, guidance_panels(pipe, image, question, result), title=title)
-        pictures.append(path)
-    return pictures
+        yield path, "; ".join([*(f"{label}: {text}" for label, text in told.items()), verdict])
 
 
 def _chosen(dataset: DataSet, results: Results, key: Key, count: int) -> list[tuple[Example, bool]]:
@@ -88,6 +109,8 @@ def _chosen(dataset: DataSet, results: Results, key: Key, count: int) -> list[tu
     return losses + first(count - len(losses), False)
 
 
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
+def _line(label: str, text: str) -> str:
+    """Return a line of a title: of a long text its beginning, of one that no font has where it stands."""
+    line = f"{label}: {' '.join(text.split())}"
+    short = line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
+    return drawable(short, f"{label}: see the report")

@@ -46,7 +46,7 @@ def accuracy_figure(methods: Sequence[Row], title: str = "") -> Figure:
     Parameters
     ----------
     methods
-        Rows of `results.table`.
+        Rows of `table.table`.
 
     Raises
     ------

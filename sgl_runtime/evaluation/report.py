@@ -28,6 +28,7 @@ _SECONDS = (
     "small alone took on top."
 )
 _LISTED = 20  # errors and skipped rows
+_FEW = 30  # images, below which a bootstrap of their means covers less than it says
 _REFERENCES = ("small alone", "large unpruned")
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -59,7 +60,7 @@ def write_report(
     folder: Path,
     *,
     dataset: DataSet | None = None,
-    examples: Sequence[Path] = (),
+    examples: Sequence[tuple[Path, str]] = (),
     calibration: Calibration | None = None,
 ) -> Path:
     """Write report.json, report.md, report.html and the plots' PNG files; each whole or not at all.
@@ -73,7 +74,7 @@ def write_report(
     dataset
         What was evaluated; without it questions, answers and the metric's own numbers are left out.
     examples
-        PNG files of `pictures.save_guidance` to embed.
+        PNG files to embed and their captions: from `examples.draw_examples`.
     calibration
         A promise to check on these results; its setting and threshold are what is marked and listed.
 
@@ -153,7 +154,7 @@ def _about(summary: dict[str, Any]) -> Section:
     header, counts = summary["header"], summary["examples"]
     about, report = header["data set"], summary["report"]
     rows = [
-        [f"{name} VLM", f"{vlm['layers']} layers, {vlm['dtype']}, {', '.join(vlm['weights'])}, {_short(vlm)}"]
+        [f"{name} VLM", f"{vlm['layers']} layers, {vlm['compute']}, {_short(vlm)}"]
         for name, vlm in header["pair"].items()
     ]
     rows += [
@@ -232,8 +233,13 @@ def _categories(summary: dict[str, Any]) -> list[Section]:
 
 def _exits(exits: dict[str, Any]) -> Section:
     columns = ("exits", "exit_threshold", "score, %", "random routing", "gain")
-    rows = [_exit_row(_exit_label(point, exits["routed_to"]), point) for point in exits["points"]]
-    rows += [_exit_row(f"at a given threshold: {_share(point)}", point) for point in exits["marks"]]
+    points, marks = exits["points"], exits["marks"]
+    exited = [point["threshold"] for point in points if point["threshold"] is not None]
+    thresholds = ["none", *plots.rounded_down(exited, 4)]
+    thresholds += [plots.rounded_down([point["threshold"]], 4)[0] for point in marks]
+    labels = [_exit_label(point, exits["routed_to"]) for point in points]
+    labels += [f"at a given threshold: {_share(point)}" for point in marks]
+    rows = list(map(_exit_row, labels, thresholds, [*points, *marks]))
     note = (
         f"What does not exit is answered by the large VLM, {exits['routed_to']}; {exits['examples']} "
         "examples. Random routing sends as many examples to the small VLM by chance. Thresholds were looked "
@@ -256,13 +262,33 @@ def _promise(promise: dict[str, Any]) -> Section:
         _interval(promise),
         "yes" if promise["kept"] else "no",
     ]
-    columns = ("promise", "confidence", "pruning", "exit_threshold", "exits", "measured here, %", "kept")
-    note = f"Means over {promise['groups']} images, against the unpruned large VLM."
+    columns = (
+        "promise",
+        "confidence",
+        "pruning",
+        "exit_threshold",
+        "exits",
+        "measured here, %",
+        "mean within promise",
+    )
+    note = (
+        f"Means over {promise['groups']} images, against the unpruned large VLM. In brackets: the 95 % "
+        f"interval, where the mean over all such images may lie. {_reach(promise)}"
+    )
     if promise["same_data"]:
         note += " These are the examples it was calibrated on: other ones are needed to check it."
-    if not promise["same_pair"]:
-        note += " Another pair was calibrated: nothing was promised of this one."
+    note += "".join(f" {difference}" for difference in promise["differences"])
     return Section("The calibrated promise", columns, ("", *["number"] * 5, ""), [row], note=note)
+
+
+def _reach(promise: dict[str, Any]) -> str:
+    """Return what the interval says of the promise, which the mean alone does not."""
+    promised = f"the promised {100 * promise['alpha']:g} %"
+    if promise["low"] > promise["alpha"]:
+        return f"All of it is beyond {promised}: the promise is not kept here."
+    if promise["high"] > promise["alpha"]:
+        return f"It reaches beyond {promised}: these examples do not show whether the promise is kept."
+    return f"It does not reach beyond {promised}."
 
 
 def _front(front: dict[str, Any]) -> Section:
@@ -321,6 +347,10 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
             f"Incomplete: {counts['missing']} of {counts['count']} examples lack an answer of some method. "
             "Scores over different examples are no comparison; run the evaluation to its end."
         )
+    if counts["groups"] < _FEW:
+        warnings.append(
+            f"Few images ({counts['groups']}): below {_FEW} the 95 % intervals are too narrow, and no proof."
+        )
     if counts["errors"]:
         warnings.append(f"{counts['errors']} of {counts['count']} examples failed and are in no score.")
     if counts["skipped"]:
@@ -330,16 +360,16 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
     return warnings
 
 
-def _embedded(examples: Sequence[Path]) -> list[Picture]:
+def _embedded(examples: Sequence[tuple[Path, str]]) -> list[Picture]:
     pictures = []
-    for path in examples:
+    for path, caption in examples:
         try:
             data = Path(path).read_bytes()
         except OSError as error:
             raise ConfigError(f"The example picture {path} cannot be read: {error.strerror}.") from error
         if not data.startswith(_PNG):
-            raise ConfigError(f"The example picture {path} is no PNG file: give one of save_guidance.")
-        pictures.append(Picture(Path(path).name, data, Path(path).stem, False))
+            raise ConfigError(f"The example picture {path} is no PNG file: give what draw_examples returns.")
+        pictures.append(Picture(Path(path).name, data, caption, False))
     return pictures
 
 
@@ -357,8 +387,7 @@ def _exit_label(point: Row, routed_to: str) -> str:
     return _share(point) + ends.get(point["share"], "")
 
 
-def _exit_row(label: str, point: Row) -> list[str]:
-    threshold = "none" if point["threshold"] is None else f"{point['threshold']:.4f}"
+def _exit_row(label: str, threshold: str, point: Row) -> list[str]:
     return [
         label,
         threshold,

@@ -54,7 +54,12 @@ def make_results() -> tuple[Results, DataSet]:
         "format": 1,
         "pair": {"small": vlm, "large": vlm},
         "data set": {},
-        "settings": {"max_new_tokens": 8, "exit_score": "both"},
+        "settings": {
+            "max_new_tokens": 8,
+            "consistency_keep_ratio": 0.05,
+            "exit_score": "both",
+            "keep_scope": "request",
+        },
         "seed": 0,
         "versions": {"sgl-vlm": "0.1.0"},
     }

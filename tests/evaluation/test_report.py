@@ -34,7 +34,12 @@ PROMISE = Calibration(
     alpha=0.3,
     delta=0.1,
     procedure=LOSS_PROCEDURE,
+    keep_scope="request",
+    max_new_tokens=8,
     pair={"small": "ab" * 32, "large": "ab" * 32},
+    compute={"small": "float32", "large": "float32"},
+    metric="exact",
+    suffix="",
     data_set="made before",
     data_sha256="0" * 64,
     examples=60,
@@ -127,6 +132,9 @@ def test_a_promise_is_checked(tmp_path: Path) -> None:
     interval = f"{100 * found['mean']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
     share = f"{100 * found['exit_share']:.0f} %"
     assert row == ["loss of score at most 30 %", "90 %", "0.2 @ 2", "0.5", share, interval, "yes"]
+    assert page.tables["The calibrated promise"][0][-1] == "mean within promise"
+    assert found["low"] < 0.3
+    assert "does not reach beyond the promised 30 %" in page.text
     assert "calibrated on" not in page.text
     other = replace(
         PROMISE,
@@ -137,7 +145,12 @@ def test_a_promise_is_checked(tmp_path: Path) -> None:
     page = page_of(write_report(results, tmp_path / "broken", dataset=dataset, calibration=other))
     assert page.tables["The calibrated promise"][1][-1] == "no"
     assert "These are the examples it was calibrated on" in page.text
-    assert "Another pair was calibrated" in page.text
+    assert "The large VLM is not the one that was calibrated" in page.text
+    between = replace(PROMISE, alpha=(found["mean"] + found["high"]) / 2)
+    page = page_of(write_report(results, tmp_path / "unsure", dataset=dataset, calibration=between))
+    assert page.tables["The calibrated promise"][1][-1] == "yes"
+    assert "It reaches beyond the promised" in page.text
+    assert "do not show whether the promise is kept" in page.text
     with pytest.raises(ConfigError, match=r"no results of 0\.3@2"):
         write_report(results, tmp_path / "none", calibration=replace(PROMISE, keep_ratio=0.3))
 
@@ -155,7 +168,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     results, dataset = make_results()
     picture = tmp_path / "street.png"
     Image.new("RGB", (8, 8), "red").save(picture)
-    path = write_report(results, tmp_path / "out", dataset=dataset, examples=[picture])
+    path = write_report(results, tmp_path / "out", dataset=dataset, examples=[(picture, "街で: a <street>")])
     page = page_of(path)
     images = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
     prefix = "data:image/png;base64,"
@@ -163,6 +176,8 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     embedded = [base64.b64decode(image[len(prefix) :]) for image in images]
     plots = [(tmp_path / "out" / f"{name}.png").read_bytes() for name in PLOTS]
     assert embedded == [*plots, picture.read_bytes()]
+    assert "街で: a <street>" in page.text
+    assert [attributes["alt"] for tag, attributes in page.tags if tag == "img"][-1] == "街で: a <street>"
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "a", "form"}
     style = re.search(r"<style>(.*)</style>", path.read_text(), re.DOTALL)
     assert style is not None
@@ -220,6 +235,22 @@ def test_what_failed_is_told(tmp_path: Path) -> None:
     assert (about["answered by all"], about["errors"], about["rows skipped"]) == ("29 of 60", "30", "1")
 
 
+def test_few_images_are_told(tmp_path: Path) -> None:
+    results, _ = make_results()
+    for groups in (30, 29):
+        rows = [row for row in results.rows if int(row["id"]) < 2 * groups]
+        text = page_of(write_report(replace(results, rows=rows), tmp_path / str(groups))).text
+        assert ("Few images (29): below 30 the 95 % intervals are too narrow" in text) == (groups == 29)
+
+
+def test_thresholds_are_not_rounded_up(tmp_path: Path) -> None:
+    results, _ = make_results()
+    for row in rows_of(results, "small"):
+        row |= {"confidence": 0.999999, "consistency": 0.999999, "decision_score": 0.999999}
+    table = page_of(write_report(results, tmp_path)).tables["Early exit"]
+    assert [cells[1] for cells in table[1:]] == ["none", "0.9999"]
+
+
 def test_results_without_scores_or_rankings(tmp_path: Path) -> None:
     results, _ = make_results()
     header = {**results.header, "data set": {**results.header["data set"], "metric": "judge"}}
@@ -240,7 +271,7 @@ def test_bad_input_leaves_no_report(tmp_path: Path) -> None:
     text.write_text("notes")
     for path, told in ((text, "is no PNG file"), (tmp_path / "gone.png", "cannot be read: No such file")):
         with pytest.raises(ConfigError, match=told):
-            write_report(results, tmp_path / "out", examples=[path])
-    with pytest.raises(ConfigError, match="no answer yet"):
+            write_report(results, tmp_path / "out", examples=[(path, "a caption")])
+    with pytest.raises(ConfigError, match="hold no answer and 0 errors"):
         write_report(Results(results.header, []), tmp_path / "out")
     assert not (tmp_path / "out").exists()
