@@ -6,8 +6,9 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import starmap
+from itertools import accumulate, starmap
 from pathlib import Path
+from unicodedata import east_asian_width
 
 from sgl_runtime.errors import SGLError
 from sgl_runtime.evaluation.data import DataSet, Example, open_source
@@ -19,7 +20,7 @@ from sgl_runtime.images import open_image
 from sgl_runtime.pictures import drawable, guidance_panels, save_guidance
 from sgl_runtime.pipeline import SGLPipeline
 
-_LONGEST = 90  # characters of a title's line
+_LONGEST = 90  # letters of a title's line; Chinese ones are twice as wide
 _NAME = re.compile(r"(lost|kept)-[0-9a-f]{12}\.png")
 
 
@@ -60,7 +61,9 @@ def _drawn(
     pipe: SGLPipeline, dataset: DataSet, results: Results, folder: Path, count: int, key: Key
 ) -> Iterator[tuple[Path, str]]:
     _, keep_ratio, layer = key
-    who = "large VLM, unpruned" if keep_ratio is None else f"large VLM guided at {keep_ratio:g} @ {layer}"
+    who = "large VLM, unpruned"
+    if keep_ratio is not None:
+        who = f"large VLM guided at keep ratio {keep_ratio:g}, prune layer {layer}"
     config = replace(
         pipe.config, keep_ratio=keep_ratio or 1.0, prune_layer=layer or 0, exit_threshold=None, max_batch=1
     )
@@ -112,5 +115,7 @@ def _chosen(dataset: DataSet, results: Results, key: Key, count: int) -> list[tu
 def _line(label: str, text: str) -> str:
     """Return a line of a title: of a long text its beginning, of one that no font has where it stands."""
     line = f"{label}: {' '.join(text.split())}"
-    short = line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
+    widths = accumulate(1 + (east_asian_width(char) in "WF") for char in line)
+    fit = sum(width <= _LONGEST for width in widths)
+    short = line if fit == len(line) else f"{line[: fit - 1]}…"
     return drawable(short, f"{label}: see the report")

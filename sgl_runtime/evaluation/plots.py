@@ -62,7 +62,8 @@ def accuracy_figure(methods: Sequence[Row], title: str = "") -> Figure:
     figure, axes = _figure(4.4, title)
     names = list(dict.fromkeys(row["method"] for row in pruned))
     ratios = sorted({row["token_ratio"] for row in pruned})
-    span = math.log(ratios[-1] / ratios[0]) or 1.0
+    span = math.log(ratios[-1] / ratios[0])
+    span, margin = (span, 0.05 * span) if span else (1.0, 0.5)
     step = 0.018 * span  # about the width of a marker
     for number, name in enumerate(names):
         rows = sorted((row for row in pruned if row["method"] == name), key=lambda row: row["token_ratio"])
@@ -85,7 +86,7 @@ def accuracy_figure(methods: Sequence[Row], title: str = "") -> Figure:
     _level(axes, scored, "large", label="large unpruned", color=_LIGHT, linewidth=5)
     _level(axes, scored, "small", label="small alone", color=_DARK, linewidth=1.4, linestyle=(0, (5, 2)))
     axes.set_xscale("log")
-    edge = math.exp(0.05 * span + step * len(names) / 2)
+    edge = math.exp(margin + step * len(names) / 2)
     axes.set_xlim(100 * ratios[0] / edge, 100 * ratios[-1] * edge)
     axes.set_xticks([100 * ratio for ratio in ratios], _staggered(ratios, 0.09 * span))
     axes.minorticks_off()

@@ -69,7 +69,7 @@ def test_half_are_losses_and_no_image_comes_twice(done: Done, titles: list[str],
     for title, (_, caption), name in zip(titles, drawn, ["0-0", "2-3", "1-0", "3-0"], strict=True):
         expected = [
             f"question: {asked[name].question}",
-            f"large VLM guided at 0.2 @ 2: {answers[name]}",
+            f"large VLM guided at keep ratio 0.2, prune layer 2: {answers[name]}",
             f"right: {asked[name].answers[0]}",
             "lost against large unpruned" if name in lost else "not lost against large unpruned",
         ]
@@ -105,7 +105,7 @@ def test_another_setting_is_drawn(done: Done, titles: list[str], tmp_path: Path)
     rows = [{**row, "score": float(row["keep_ratio"] != 0.01 or row["id"] != "2-1")} for row in results.rows]
     drawn = draw_examples(pipe, dataset, replace(results, rows=rows), tmp_path, 1, key=key)
     [answer] = [row["prediction"] for row in rows if row["keep_ratio"] == 0.01 and row["id"] == "2-1"]
-    assert f"\nlarge VLM guided at 0.01 @ 0: {answer}\n" in titles[0]
+    assert f"\nlarge VLM guided at keep ratio 0.01, prune layer 0: {answer}\n" in titles[0]
     assert [path.name.split("-")[0] for path, _ in drawn] == ["lost"]
     draw_examples(pipe, dataset, results, tmp_path, 1, key=("large", None, None))
     assert "\nlarge VLM, unpruned: " in titles[1]
@@ -133,6 +133,10 @@ def test_long_and_foreign_text(
     lines = titles[0].split("\n")
     assert lines[0] == "question: see the report"
     assert lines[2] == f"right: {'x' * 82}…"
+    monkeypatch.setattr(examples_module, "drawable", lambda text, instead: text)
+    wide = replace(first, answers=("街" * 80,))
+    draw_examples(pipe, replace(dataset, examples=(wide,)), with_losses(results, set()), tmp_path / "wide", 1)
+    assert titles[1].split("\n")[2] == f"right: {'街' * 40}…"
     assert f"question: {first.question}; " in caption
     assert f"right: {'x' * 200}; " in caption
 

@@ -228,6 +228,18 @@ def test_lines_join_what_goes_one_way(
     assert (line.get_linestyle() == "None") != joined
 
 
+def test_one_ratio_is_one_place(summary: dict[str, Any]) -> None:
+    rows = [row for row in summary["methods"] if row["keep_ratio"] in (None, 0.2)]
+    [axes] = plots.accuracy_figure(rows).axes
+    places = [
+        axes.transAxes.inverted().transform(axes.transData.transform(points))[0, 0]
+        for points, _, _ in bars(axes).values()
+    ]
+    assert len(places) == 2
+    assert 0.01 < places[1] - places[0] < 0.03
+    assert sum(places) == pytest.approx(1)
+
+
 def test_labels_do_not_touch(summary: dict[str, Any]) -> None:
     rows = [
         {**row, "token_ratio": ratio}
