@@ -15,38 +15,16 @@ from PIL import Image
 
 from sgl_runtime.errors import ConfigError
 from sgl_runtime.evaluation.calibrating import check
-from sgl_runtime.evaluation.calibration import LOSS_PROCEDURE, Calibration
 from sgl_runtime.evaluation.report import write_report
 from sgl_runtime.evaluation.results import Results, describe
 from sgl_runtime.evaluation.summary import summarize
 
-from .made_results import make_results, rows_of
+from .made_results import CALIBRATION, make_results, rows_of
 
 PLOTS = ("accuracy", "exits", "time", "stages")
 EVIL = "<script>alert(1)</script> | <img src=http://evil.example/x onerror=alert(2)> [x](http://evil.example)"
-PROMISE = Calibration(
-    exit_threshold=0.5,
-    keep_ratio=0.2,
-    prune_layer=2,
-    exit_score="both",
-    consistency_keep_ratio=0.05,
-    promise="accuracy",
-    alpha=0.3,
-    delta=0.1,
-    procedure=LOSS_PROCEDURE,
-    keep_scope="request",
-    max_new_tokens=8,
-    pair={"small": "ab" * 32, "large": "ab" * 32},
-    compute={"small": "float32", "large": "float32"},
-    metric="exact",
-    suffix="",
-    data_set="made before",
-    data_sha256="0" * 64,
-    examples=60,
-    groups=30,
-    measured={},
-    date="2026-01-01",
-    versions={},
+PROMISE = replace(
+    CALIBRATION, exit_threshold=0.5, alpha=0.3, pair={"small": "ab" * 32, "large": "ab" * 32}, data_sha256="0" * 64
 )
 
 
@@ -240,7 +218,8 @@ def test_few_images_are_told(tmp_path: Path) -> None:
     for groups in (30, 29):
         rows = [row for row in results.rows if int(row["id"]) < 2 * groups]
         text = page_of(write_report(replace(results, rows=rows), tmp_path / str(groups))).text
-        assert ("Few images (29): below 30 the 95 % intervals are too narrow" in text) == (groups == 29)
+        assert ("Few images" in text) == (groups < 30)
+    assert "Few images (29): below 30 the 95 % intervals are too narrow" in text
 
 
 def test_thresholds_are_not_rounded_up(tmp_path: Path) -> None:
