@@ -25,7 +25,9 @@ def evaluate(
     ],
     out: Annotated[Path, typer.Option(help="Directory of the results; a stopped run goes on there.")],
     layout: Annotated[str, typer.Option(help="Name of the data's layout.")] = "auto",
-    metric: Annotated[str | None, typer.Option(help="Default: the layout's; exact match for JSONL.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Default: the layout's; for JSONL exact match, or multiple choice.")
+    ] = None,
     image_root: Annotated[Path | None, typer.Option(help="Where relative image paths start.")] = None,
     ranking: Annotated[
         list[str] | None,
@@ -55,6 +57,7 @@ def evaluate(
     score all of it side by side."""
     from sgl_runtime.evaluation import data as data_sets
     from sgl_runtime.evaluation import report, results
+    from sgl_runtime.evaluation.calibrating import check
     from sgl_runtime.evaluation.calibration import read_calibration
     from sgl_runtime.evaluation.examples import draw_examples
     from sgl_runtime.evaluation.methods import make_methods
@@ -93,7 +96,8 @@ def evaluate(
         typer.echo(f"Stopped. What is answered is in {file}; the same command goes on from there.", err=True)
         raise
     rows = table(found, dataset)
-    examples = draw_examples(pipe, dataset, found, out / "examples", pictures)
+    key = None if promise is None else check(found, promise)["routed_to"]
+    examples = draw_examples(pipe, dataset, found, out / "examples", pictures, key=key)
     page = report.write_report(found, out, dataset=dataset, examples=examples, calibration=promise)
     if as_json:
         typer.echo(json.dumps({"table": rows, "errors": found.errors}))

@@ -6,11 +6,37 @@ from typing import Any
 
 import numpy as np
 
+from sgl_runtime.evaluation.calibration import LOSS_PROCEDURE, Calibration
 from sgl_runtime.evaluation.data import BadRow, DataSet, Example
 from sgl_runtime.evaluation.results import Results, describe
 
 LAYERS, COUNT = 10, 60
 SECONDS = {"small": 0.125, "large": 0.5, "guided": 0.25, "random": 0.25}
+#: A calibration with nothing unusual; tests replace what they are about.
+CALIBRATION = Calibration(
+    exit_threshold=0.915,
+    keep_ratio=0.2,
+    prune_layer=2,
+    exit_score="both",
+    consistency_keep_ratio=0.05,
+    keep_scope="request",
+    max_new_tokens=8,
+    promise="accuracy",
+    alpha=0.02,
+    delta=0.1,
+    procedure=LOSS_PROCEDURE,
+    pair={"small": "a" * 64, "large": "b" * 64},
+    compute={"small": "float32", "large": "float32"},
+    metric="exact",
+    suffix="",
+    data_set="tiny scenes",
+    data_sha256="c" * 64,
+    examples=1200,
+    groups=300,
+    measured={"exit_share": 0.31, "loss": -0.004},
+    date="2025-06-30",
+    versions={"sgl-vlm": "0.1.0", "torch": "2.13.0"},
+)
 SETTINGS = {(0.4, 4): 0.8, (0.2, 2): 0.75, (0.05, 0): 0.5}  # to how often "guided" is right
 
 

@@ -15,8 +15,6 @@ from sgl_runtime import SGLConfig
 from sgl_runtime.errors import ConfigError, SGLError
 from sgl_runtime.evaluation.calibration import (
     FORMAT,
-    LOSS_PROCEDURE,
-    Calibration,
     Setting,
     choose_calls,
     choose_pruning,
@@ -24,6 +22,8 @@ from sgl_runtime.evaluation.calibration import (
     mismatches,
     read_calibration,
 )
+
+from .made_results import CALIBRATION
 
 DRAWS = 1000
 DELTA = 0.1
@@ -333,32 +333,6 @@ def test_bad_budgets_and_settings_are_told() -> None:
     uneven = [*settings((1, 1, 1)), Setting(0.5, 2, np.ones(3), np.ones(3))]
     with pytest.raises(SGLError, match=r"keep_ratio=0\.5 must have one value per example: got 3 for 4"):
         choose_pruning(uneven, np.ones(4), alpha=0.1)
-
-
-CALIBRATION = Calibration(
-    exit_threshold=0.915,
-    keep_ratio=0.2,
-    prune_layer=2,
-    exit_score="both",
-    consistency_keep_ratio=0.05,
-    keep_scope="request",
-    max_new_tokens=8,
-    promise="accuracy",
-    alpha=0.02,
-    delta=0.1,
-    procedure=LOSS_PROCEDURE,
-    pair={"small": "a" * 64, "large": "b" * 64},
-    compute={"small": "float32", "large": "float32"},
-    metric="exact",
-    suffix="",
-    data_set="tiny scenes",
-    data_sha256="c" * 64,
-    examples=1200,
-    groups=300,
-    measured={"exit_share": 0.31, "loss": -0.004},
-    date="2025-06-30",
-    versions={"sgl-vlm": "0.1.0", "torch": "2.13.0"},
-)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,11 @@ from .made_results import CALIBRATION, make_results, rows_of
 PLOTS = ("accuracy", "exits", "time", "stages")
 EVIL = "<script>alert(1)</script> | <img src=http://evil.example/x onerror=alert(2)> [x](http://evil.example)"
 PROMISE = replace(
-    CALIBRATION, exit_threshold=0.5, alpha=0.3, pair={"small": "ab" * 32, "large": "ab" * 32}, data_sha256="0" * 64
+    CALIBRATION,
+    exit_threshold=0.5,
+    alpha=0.3,
+    pair={"small": "ab" * 32, "large": "ab" * 32},
+    data_sha256="0" * 64,
 )
 
 

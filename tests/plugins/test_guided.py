@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sgl_runtime import Video, tiny
 from sgl_runtime.errors import ConfigError, ImageError, PromptError
-from sgl_runtime.evaluation.calibration import LOSS_PROCEDURE, Calibration
 from sgl_runtime.fingerprint import checkpoint_fingerprint
 from sgl_runtime.plugins.guided import Guided, Part, Tally, to_request
+from tests.evaluation.made_results import CALIBRATION
 
 from .conftest import SETTINGS
 
@@ -91,27 +92,11 @@ def test_unknown_settings_are_named():
 def test_a_calibration_fixes_its_settings(tmp_path: Path):
     pair = {"small": checkpoint_fingerprint(tiny.SMALL), "large": checkpoint_fingerprint(tiny.LARGE)}
     file = tmp_path / "calibration.json"
-    Calibration(
-        exit_threshold=0.75,
-        keep_ratio=0.5,
-        prune_layer=3,
-        exit_score="both",
-        consistency_keep_ratio=0.05,
-        promise="accuracy",
-        alpha=0.1,
-        delta=0.1,
-        procedure=LOSS_PROCEDURE,
-        pair=pair,
-        data_set="made up",
-        data_sha256="c" * 64,
-        examples=10,
-        groups=10,
-        measured={},
-        date="2026-01-31",
-        versions={},
+    replace(
+        CALIBRATION, exit_threshold=0.75, keep_ratio=0.5, prune_layer=3, max_new_tokens=5, pair=pair
     ).write(file)
     given = {"calibration": str(file), "device": "cpu", "compile": False}
-    config = Guided(str(tiny.SMALL), str(tiny.LARGE), max_new_tokens=5, **given).pipe.config
+    config = Guided(str(tiny.SMALL), str(tiny.LARGE), **given).pipe.config
     assert (config.exit_threshold, config.keep_ratio, config.prune_layer) == (0.75, 0.5, 3)
     assert config.max_new_tokens == 5
     assert config.calibration is not None
