@@ -18,10 +18,10 @@ from .scenes import make_scene
 QUESTIONS_PER_SCENE = 4
 
 
-def export(split: str, scenes: int, out: Path) -> Path:
-    """Write the first ``scenes`` of ``split`` as PNGs and a JSONL of questions; return the latter."""
+def export(split: str, scenes: int, out: Path, first: int = 0) -> Path:
+    """Write scenes of ``split``, from ``first`` on, as PNGs and a JSONL of questions; return the latter."""
     lines = []
-    for index in range(scenes):
+    for index in range(first, first + scenes):
         scene = make_scene(split, index, QUESTIONS_PER_SCENE)
         name = f"{split}-{index:04}.png"
         with whole_file(out / name) as partial:
