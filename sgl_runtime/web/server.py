@@ -9,7 +9,7 @@ import ipaddress
 import socket
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,10 +89,9 @@ def serve(pipe: SGLPipeline, listener: socket.socket) -> None:
     typer.echo(f"sgl-vlm demo: open http://{shown}:{port} (Ctrl-C ends it)")
     if not is_local:
         typer.echo("Whoever reaches this machine over the network can use it too.")
-    try:
+    with suppress(KeyboardInterrupt):  # uvicorn passes it on, unless the shell had it ignored
         uvicorn.Server(settings).run(sockets=[listener])
-    except KeyboardInterrupt:
-        typer.echo("sgl-vlm demo: ended.")
+    typer.echo("sgl-vlm demo: ended.")
 
 
 def make_app(pipe: SGLPipeline, hosts: list[str]) -> Starlette:
