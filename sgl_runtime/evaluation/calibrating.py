@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sgl_runtime.config import SGLConfig
 from sgl_runtime.errors import ConfigError, SGLError
 from sgl_runtime.evaluation.calibration import (
     CALLS_PROCEDURE,
@@ -20,7 +21,7 @@ from sgl_runtime.evaluation.calibration import (
     mismatches,
 )
 from sgl_runtime.evaluation.intervals import bootstrap, group_means, group_numbers
-from sgl_runtime.evaluation.results import Results
+from sgl_runtime.evaluation.results import Results, by_method
 
 GUIDED = "guided"
 
@@ -63,9 +64,7 @@ class _Measured:
 
     def candidate(self, setting: Setting, exits: ExitChoice) -> Candidate:
         """Return what a setting takes with its exits, on these examples."""
-        asked = (
-            np.ones(len(self.decision), bool) if exits.threshold is None else self.decision < exits.threshold
-        )
+        asked = self.decision < (np.inf if exits.threshold is None else exits.threshold)
         return Candidate(setting, exits, float(np.mean(self.small_seconds + asked * setting.seconds)))
 
 
@@ -247,8 +246,8 @@ def _differences(results: Results, calibration: Calibration) -> list[str]:
 
 def _find(measured: _Measured, setting: tuple[float, int | float], results: Results) -> Setting:
     keep_ratio, layer = setting
-    layers = results.header["pair"]["large"]["layers"]
-    wanted = int(layers * layer) if isinstance(layer, float) else layer
+    asked = SGLConfig(keep_ratio=keep_ratio, prune_layer=layer)
+    wanted = asked.layer_of(results.header["pair"]["large"]["layers"])
     for known in measured.settings:
         if (known.keep_ratio, known.prune_layer) == (keep_ratio, wanted):
             return known
@@ -262,12 +261,9 @@ def _measured(results: Results, reference: str, guided: bool = True) -> _Measure
     """Return the arrays; without ``guided`` no setting is needed."""
     if reference not in ("labels", "large"):
         raise ConfigError(f"reference must be 'labels' or 'large', got {reference!r}.")
-    by_method: dict[tuple[str, Any, Any], dict[str, dict[str, Any]]] = {}
-    for row in results.rows:
-        key = (row["method"], row["keep_ratio"], row["prune_layer"])
-        by_method.setdefault(key, {})[row["id"]] = row
-    settings = [key for key in by_method if key[0] == GUIDED and guided]
-    missing = [name for name in ("small", "large") if (name, None, None) not in by_method]
+    found = by_method(results.rows)
+    settings = [key for key in found if key[0] == GUIDED and guided]
+    missing = [name for name in ("small", "large") if (name, None, None) not in found]
     missing += [GUIDED] if guided and not settings else []
     if missing:
         raise ConfigError(
@@ -275,14 +271,14 @@ def _measured(results: Results, reference: str, guided: bool = True) -> _Measure
             "`sgl-vlm eval` with them."
         )
     used = [("small", None, None), ("large", None, None), *settings]
-    ids = sorted(set.intersection(*(set(by_method[key]) for key in used)))
+    ids = sorted(set.intersection(*(set(found[key]) for key in used)))
     if not ids:
         raise ConfigError("No example was answered by all of small, large and guided: finish the evaluation.")
 
     def scores(key: tuple[str, Any, Any]) -> np.ndarray:
-        rows = by_method[key]
+        rows = found[key]
         if reference == "large":
-            asked = by_method["large", None, None]
+            asked = found["large", None, None]
             return np.array([float(rows[i]["prediction"] == asked[i]["prediction"]) for i in ids])
         if any(rows[i]["score"] is None for i in ids):
             raise ConfigError(
@@ -291,16 +287,16 @@ def _measured(results: Results, reference: str, guided: bool = True) -> _Measure
         return np.array([float(rows[i]["score"]) for i in ids])
 
     def seconds(key: tuple[str, Any, Any]) -> np.ndarray:
-        return np.array([by_method[key][i]["seconds"] for i in ids])
+        return np.array([found[key][i]["seconds"] for i in ids])
 
     small, large = ("small", None, None), ("large", None, None)
     return _Measured(
-        decision=np.array([float(by_method[small][i]["decision_score"]) for i in ids]),
+        decision=np.array([float(found[small][i]["decision_score"]) for i in ids]),
         small=scores(small),
         small_seconds=seconds(small),
         unpruned=Setting(1.0, 0, scores(large), seconds(large)),
-        settings=[Setting(key[1], key[2], scores(key), seconds(key)) for key in settings],
-        groups=np.array([by_method[small][i]["group"] for i in ids]),
+        settings=[Setting(key[1] or 1.0, key[2] or 0, scores(key), seconds(key)) for key in settings],
+        groups=np.array([found[small][i]["group"] for i in ids]),
     )
 
 

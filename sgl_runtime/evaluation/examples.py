@@ -14,7 +14,7 @@ from sgl_runtime.errors import SGLError
 from sgl_runtime.evaluation.data import DataSet, Example, open_source
 from sgl_runtime.evaluation.methods import Key
 from sgl_runtime.evaluation.metrics import METRICS
-from sgl_runtime.evaluation.results import Results
+from sgl_runtime.evaluation.results import Results, by_method
 from sgl_runtime.evaluation.summary import guided_key
 from sgl_runtime.images import open_image
 from sgl_runtime.pictures import drawable, guidance_panels, save_guidance
@@ -89,12 +89,11 @@ def _drawn(
 
 
 def _chosen(dataset: DataSet, results: Results, key: Key, count: int) -> list[tuple[Example, bool]]:
-    guided = {
-        row["id"]: row["score"]
-        for row in results.rows
-        if (row["method"], row["keep_ratio"], row["prune_layer"]) == key
-    }
-    large = {row["id"]: row["score"] for row in results.rows if row["method"] == "large"}
+    answered = by_method(results.rows)
+    guided, large = (
+        {name: row["score"] for name, row in answered.get(one, {}).items()}
+        for one in (key, ("large", None, None))
+    )
     pictured = [e for e in dataset.examples if len(e.images) == 1 and e.id in guided and e.id in large]
     seen: set[str] = set()
 

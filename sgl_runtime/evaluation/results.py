@@ -437,7 +437,16 @@ def _describe(vlm: VLM, source: str | Path) -> dict[str, Any]:
 
 
 def key_of(row: Row) -> Key:
+    """Return which method a row is of: `methods.Method.key`."""
     return row["method"], row["keep_ratio"], row["prune_layer"]
+
+
+def by_method(rows: Iterable[Row]) -> dict[Key, dict[str, Row]]:
+    """Return rows by method, and of each by example."""
+    found: dict[Key, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(key_of(row), {})[row["id"]] = row
+    return found
 
 
 def _line(value: dict[str, Any]) -> bytes:

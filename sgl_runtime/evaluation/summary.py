@@ -13,7 +13,7 @@ from sgl_runtime.evaluation.data import DataSet, Example
 from sgl_runtime.evaluation.intervals import bootstrap, bootstrap_difference
 from sgl_runtime.evaluation.methods import Key
 from sgl_runtime.evaluation.metrics import METRICS
-from sgl_runtime.evaluation.results import Results, Row, describe
+from sgl_runtime.evaluation.results import Results, Row, by_method, describe, key_of
 from sgl_runtime.evaluation.table import table
 
 _SHARES = tuple(step / 10 for step in range(1, 11))
@@ -124,9 +124,7 @@ def guided_key(results: Results) -> Key | None:
 
 
 def _by_key(results: Results) -> dict[Key, dict[str, Row]]:
-    found: dict[Key, dict[str, Row]] = {}
-    for row in results.rows:
-        found.setdefault((row["method"], row["keep_ratio"], row["prune_layer"]), {})[row["id"]] = row
+    found = by_method(results.rows)
     if not found:
         first = next(iter(results.errors.items()), None)
         told = "" if first is None else f", the first of {first[0]}: {first[1].rstrip('.')}"
@@ -162,7 +160,7 @@ def _methods(results: Results, by_key: dict[Key, dict[str, Row]], dataset: DataS
     large = by_key["large", None, None]
     for row, label in zip(rows, _labels(rows), strict=True):
         row["label"] = label
-        mine = by_key[row["method"], row["keep_ratio"], row["prune_layer"]]
+        mine = by_key[key_of(row)]
         both = [name for name in mine if name in large]
         row["difference"] = None
         if row["mean"] is not None and row["method"] != "large" and both:
@@ -173,7 +171,7 @@ def _methods(results: Results, by_key: dict[Key, dict[str, Row]], dataset: DataS
 
 
 def _routed(rows: list[Row], wanted: Key | None) -> Row | None:
-    keys = {(row["method"], row["keep_ratio"], row["prune_layer"]): row for row in rows}
+    keys = {key_of(row): row for row in rows}
     if wanted is not None and wanted not in keys:
         raise ConfigError(f"The results have no answers of {wanted}; there are: {', '.join(map(str, keys))}.")
     return None if wanted is None else keys[wanted]
@@ -190,7 +188,7 @@ def _exits(
     ``marks``: the same for given thresholds.
     """
     small_rows = by_key["small", None, None]
-    large_rows = by_key[routed["method"], routed["keep_ratio"], routed["prune_layer"]]
+    large_rows = by_key[key_of(routed)]
     both = [name for name in small_rows if name in large_rows]
     if not both:
         return None
@@ -234,9 +232,9 @@ def _exits(
 
 
 def _stages(rows: list[Row]) -> dict[str, dict[str, float]]:
-    by_method = {row["method"]: row["stages"] for row in rows}
+    small = next(row["stages"] for row in rows if row["method"] == "small")
     return {
-        row["label"]: {**(by_method["small"] if row["method"] == "guided" else {}), **row["stages"]}
+        row["label"]: {**(small if row["method"] == "guided" else {}), **row["stages"]}
         for row in rows
         if row["method"] in ("small", "large", "guided")
     }
@@ -250,7 +248,7 @@ def _front(by_key: dict[Key, dict[str, Row]], guided: list[Row]) -> dict[str, An
     beats in accuracy at its time, with ``label`` and ``threshold``, the fastest first.
     """
     small_rows, large_rows = by_key["small", None, None], by_key["large", None, None]
-    keys = {row["label"]: (row["method"], row["keep_ratio"], row["prune_layer"]) for row in guided}
+    keys = {row["label"]: key_of(row) for row in guided}
     keys["large unpruned"] = ("large", None, None)
     both = [name for name in small_rows if all(name in by_key[key] for key in keys.values())]
     if not both:
@@ -306,7 +304,7 @@ def _curve(score: np.ndarray, small: np.ndarray, large: np.ndarray) -> dict[str,
 def _lost(by_key: dict[Key, dict[str, Row]], routed: Row, examples: dict[str, Example]) -> list[Row]:
     """Return the examples on which ``routed`` scores below large unpruned."""
     small, large = by_key["small", None, None], by_key["large", None, None]
-    pruned = by_key[routed["method"], routed["keep_ratio"], routed["prune_layer"]]
+    pruned = by_key[key_of(routed)]
     lost = []
     for name in pruned:
         if name in large and pruned[name]["score"] < large[name]["score"]:

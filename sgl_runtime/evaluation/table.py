@@ -7,9 +7,8 @@ import numpy as np
 from sgl_runtime.config import token_ratio
 from sgl_runtime.evaluation.data import DataSet
 from sgl_runtime.evaluation.intervals import bootstrap
-from sgl_runtime.evaluation.methods import Key
 from sgl_runtime.evaluation.metrics import METRICS
-from sgl_runtime.evaluation.results import Results, Row, key_of
+from sgl_runtime.evaluation.results import Results, Row, by_method
 
 _COLUMNS = 12  # of means per category, on the screen
 
@@ -30,13 +29,11 @@ def table(results: Results, dataset: DataSet | None = None) -> list[Row]:
         images are drawn, not questions; None where a judge is needed), ``stages`` (mean seconds of those in
         `methods.Answered`) and their sum ``seconds``, ``summary``.
     """
-    by_method: dict[Key, list[Row]] = {}
-    for row in results.rows:
-        by_method.setdefault(key_of(row), []).append(row)
     examples = {} if dataset is None else {example.id: example for example in dataset.examples}
     metric, layers = METRICS[results.header["data set"]["metric"]], results.header["pair"]["large"]["layers"]
     found = []
-    for (name, keep_ratio, prune_layer), rows in by_method.items():
+    for (name, keep_ratio, prune_layer), by_example in by_method(results.rows).items():
+        rows = list(by_example.values())
         scores = [row["score"] for row in rows]
         interval, summary = None, {}
         if metric.automatic:
